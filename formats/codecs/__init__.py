@@ -1,0 +1,21 @@
+"""Values codecs, one per file, and the registry the header looks names up in."""
+
+from __future__ import annotations
+
+from endor.errors import FormatError
+from endor.formats.codecs.base import Codec, Params, SectionSpec, ValuesContext
+from endor.formats.codecs.raw import RawCodec
+
+__all__ = ["CODECS", "Codec", "Params", "RawCodec", "SectionSpec", "ValuesContext", "codec_named"]
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (RawCodec(),)}
+
+
+def codec_named(name: object, *, where: str = "codec") -> Codec:
+    """The codec called `name`. Raises FormatError that says `where` the name was found."""
+    if not isinstance(name, str) or name not in CODECS:
+        raise FormatError(
+            f"{where}: unknown codec {name!r}; this version of Endor knows {', '.join(CODECS)}. "
+            "A newer Endor may have written it: upgrade to read it"
+        )
+    return CODECS[name]

@@ -1,0 +1,26 @@
+"""`raw`: the surviving values as they are, one after the other in row-major order (the paper's format)."""
+
+from __future__ import annotations
+
+import torch
+
+from endor.errors import FormatError
+from endor.formats.codecs.base import Codec, SectionSpec, ValuesContext
+from endor.formats.dtypes import PACKABLE
+
+__all__ = ["RawCodec"]
+
+
+class RawCodec(Codec):
+    """Values as stored in the source; lossless for every dtype."""
+
+    name = "raw"
+    lossless = True
+
+    def supports(self, dtype: torch.dtype, mask: str) -> bool:
+        return mask == "dense" or dtype in PACKABLE
+
+    def sections(self, values: ValuesContext) -> tuple[SectionSpec, ...]:
+        if values.params:
+            raise FormatError(f"codec raw takes no params, found {sorted(values.params)}")
+        return (SectionSpec("values", values.dtype, (values.nnz,)),)
