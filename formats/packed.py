@@ -20,7 +20,6 @@ __all__ = ["DENSE_SECTION", "MASKS", "PackedTensor", "TensorLayout", "check_mask
 MASKS = ("dense", "bitmap")
 DENSE_SECTION = "dense"
 """The one section of an entry that is stored as it is; in a file it carries the entry's own name."""
-_NO_PARAMS: Params = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class TensorLayout:
     mask: str
     codec: str
     nnz: int
-    params: Params = _NO_PARAMS
+    params: Params = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
