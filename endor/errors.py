@@ -38,7 +38,11 @@ class ChecksumError(FormatError):
 
 
 class LoadError(EndorError, OSError):
-    """Reading weights failed; `errno` is set where the operating system gave one."""
+    """Reading weights failed; `errno` is the operating system's number where it gave one."""
+
+    def __init__(self, message: str, *, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
 
 
 class PlanError(EndorError, ValueError):
