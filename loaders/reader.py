@@ -1,0 +1,157 @@
+"""The contract of a reader: something that moves byte ranges of files into memory while its caller does other work.
+
+Ownership. From `submit` until `wait` returns or raises, the reader may write to the destination: the caller keeps it
+alive and does not use it. Once `wait` has returned, or raised, the reader never touches it again. `close` ends every
+read in flight in that sense, so a destination may be freed after it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from types import TracebackType
+from typing import Protocol, Self
+
+from endor.errors import LoadError
+
+from .latch import Latch
+from .plan import ReadOp, Unit
+
+__all__ = ["ReadReport", "Reader", "Ticket", "read_unit"]
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """What one read, or several, took: bytes by the path that really served them, and seconds from first to last."""
+
+    read_s: float = 0.0
+    bytes_direct: int = 0
+    bytes_buffered: int = 0
+
+    @property
+    def bytes_read(self) -> int:
+        return self.bytes_direct + self.bytes_buffered
+
+    def __add__(self, other: ReadReport) -> ReadReport:
+        return ReadReport(
+            self.read_s + other.read_s,
+            self.bytes_direct + other.bytes_direct,
+            self.bytes_buffered + other.bytes_buffered,
+        )
+
+
+class Ticket:
+    """One submitted read, finished when all its parts are: readers report parts, callers use `Reader.wait`."""
+
+    __slots__ = ("_began_s", "_bytes_buffered", "_bytes_direct", "_done", "_ended_s", "_error", "_left", "_lock",
+                 "destination", "op", "stopped")  # fmt: skip
+
+    def __init__(self, op: ReadOp, destination: memoryview, *, parts: int) -> None:
+        self.op = op
+        self.destination = destination
+        self.stopped = False
+        self._left = parts
+        self._lock = threading.Lock()
+        self._done = Latch()
+        self._error: BaseException | None = None
+        self._began_s = 0.0
+        self._ended_s = 0.0
+        self._bytes_direct = 0
+        self._bytes_buffered = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self._done.is_set
+
+    def begin_part(self) -> bool:
+        """Whether the part is still wanted; after an error or a cancellation the rest is skipped."""
+        with self._lock:
+            if not self._began_s:
+                self._began_s = perf_counter()
+            if self.stopped and self._error is None:
+                self._error = LoadError(f"{self.op.file}: the read at offset {self.op.offset_bytes} was cancelled")
+            return self._error is None
+
+    def end_part(self, *, direct: int = 0, buffered: int = 0, error: BaseException | None = None) -> None:
+        """Account for one part; the last one finishes the ticket."""
+        with self._lock:
+            self._bytes_direct += direct
+            self._bytes_buffered += buffered
+            self._error = self._error or error
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._ended_s = perf_counter()
+            self._done.set()
+
+    @property
+    def is_last_part(self) -> bool:
+        """Whether one part is left; meaningful to the thread that is about to end it."""
+        with self._lock:
+            return self._left == 1
+
+    def result(self) -> ReadReport:
+        """Block until all parts have ended; raise the first error."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return ReadReport(self._ended_s - self._began_s, self._bytes_direct, self._bytes_buffered)
+
+
+class Reader(Protocol):
+    """Reads byte ranges in the background. Safe to use from several threads."""
+
+    @property
+    def name(self) -> str:
+        """What `--reader` and statistics call it."""
+        ...
+
+    def submit(self, op: ReadOp, destination: memoryview) -> Ticket:
+        """Start reading `op` into `destination`, which has exactly `op.length_bytes` writable bytes.
+
+        Raises LoadError when the file cannot be opened or is too short, and when the reader is closed.
+        """
+        ...
+
+    def wait(self, ticket: Ticket) -> ReadReport:
+        """Return when every byte is in place; raise LoadError when that cannot be. May be called again."""
+        ...
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Give up what has not begun. `wait` is still owed, and raises LoadError if anything was left out."""
+        ...
+
+    def close(self) -> None:
+        """End all reads, threads and descriptors. Idempotent. Unfinished tickets raise LoadError from `wait`."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def read_unit(reader: Reader, unit: Unit, memory: memoryview) -> ReadReport:
+    """Read one unit now, its reads at their `Unit.op_offsets` in `memory`; for what is loaded once and kept."""
+    tickets: list[Ticket] = []
+    try:
+        for op, start in zip(unit.ops, unit.op_offsets, strict=True):
+            tickets.append(reader.submit(op, memory[start : start + op.length_bytes]))
+        return sum((reader.wait(ticket) for ticket in tickets), ReadReport())
+    except BaseException:  # also Ctrl-C: `memory` is the caller's again only when no read is in flight
+        drain(reader, tickets)
+        raise
+
+
+def drain(reader: Reader, tickets: Sequence[Ticket]) -> None:
+    """Cancel and wait for all of `tickets`; their errors are not news."""
+    for ticket in tickets:
+        reader.cancel(ticket)
+    for ticket in tickets:
+        try:
+            reader.wait(ticket)
+        except LoadError:
+            continue
