@@ -1,14 +1,14 @@
 """Train the small causal LM that ships with Endor, on text that every Python installation has.
 
 The corpus is the source of Python's standard library (code, comments, docstrings) plus the language reference
-that `pydoc` carries: about 10 MB of real English and real code under a permissive licence. Three things come out
-of it, under `endor/assets/`: a byte-level BPE tokenizer with a four-million-parameter Llama (`demo_model/`), the
-default calibration text (`calibration.txt`), and a held-out text of modules that neither training nor
-calibration ever saw (`heldout.txt`).
+that `pydoc` carries: about 10 MB of real English and real code under a permissive licence. Three things come
+out of it, under `endor/assets/`: a byte-level BPE tokenizer with a four-million-parameter Llama
+(`demo_model/`), the default calibration text (`calibration.txt`), and a held-out text of modules that neither
+training nor calibration ever saw (`heldout.txt`).
 
 A random model would be enough to test bits; it is not enough to test pruning, where the question is how much
-worse a *trained* model gets. The schedule follows whichever of `--steps` and `--minutes` runs out first, so only
-a run that ends by its steps is reproducible.
+worse a *trained* model gets. The schedule follows whichever of `--steps` and `--minutes` runs out first, so
+only a run that ends by its steps is reproducible.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Recipe:
 
 
 def read_corpus() -> Corpus:
-    """Read the running interpreter's standard library, in an order that does not depend on the file system."""
+    """Read the standard library of this interpreter, in an order that does not depend on the disk."""
     from pydoc_data import topics  # type: ignore[import-not-found, unused-ignore]
 
     root = Path(sysconfig.get_path("stdlib"))
@@ -154,7 +154,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
-    """Six narrow layers rather than three wide ones: more blocks to stream, most weights in pruned matrices."""
+    """Six narrow layers rather than three wide ones: more blocks to stream, most weights prunable."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
@@ -296,11 +296,11 @@ language: en
 # Endor's demonstration model
 
 A causal language model of {figures["parameters"]:,} parameters (Llama architecture, bf16) that writes
-something like Python. It exists so that demo and tests can prune, pack and stream a *trained* model; it is of no
-other use.
+something like Python. It exists so that demo and tests can prune, pack and stream a *trained* model; it is of
+no other use.
 
-- **Data**: the source of Python {figures["python"]}'s standard library and the language reference inside `pydoc`,
-  without test suites, codec tables, IDLE and lib2to3. Copyright Python Software Foundation, PSF License
+- **Data**: the source of Python {figures["python"]}'s standard library and the language reference inside
+  `pydoc`, without test suites, codec tables, IDLE and lib2to3. Copyright Python Software Foundation, PSF License
   Version 2 (`../LICENSE-PSF.txt`). The modules of `../heldout.txt` are in neither the training nor the
   calibration text.
 - **Weights and tokenizer**: Apache-2.0, as the rest of Endor.
