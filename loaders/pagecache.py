@@ -9,10 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import sys
 from pathlib import Path
 from typing import Final
 
-from .plan import PAGE_BYTES
+from endor.loaders.plan import PAGE_BYTES
 
 __all__ = ["cached_fraction", "drop_from_page_cache"]
 
@@ -25,7 +26,9 @@ class _Range(ctypes.Structure):
 
 
 class _Cachestat(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recent"))
+    _fields_ = tuple(
+        (name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recent")
+    )
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,6 +36,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def cached_fraction(descriptor: int, offset_bytes: int, length_bytes: int) -> float:
     """How much of a file's range is in the page cache, from 0 to 1; 0 where the system does not say."""
+    if sys.platform != "linux":
+        return 0.0
     asked = _Range(offset_bytes, length_bytes)
     found = _Cachestat()
     failed = _libc.syscall(_SYS_CACHESTAT, descriptor, ctypes.byref(asked), ctypes.byref(found), 0)
@@ -65,6 +70,7 @@ def drop_from_page_cache(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        if sys.platform == "linux":
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -113,7 +113,9 @@ class LoadPlan:
         seen: set[str] = set()
         for unit in self.units:
             if unit.name in seen:
-                raise PlanError(f"unit name {unit.name!r} is used twice: names identify units in errors and statistics")
+                raise PlanError(
+                    f"unit name {unit.name!r} is used twice: names identify units in errors and statistics"
+                )
             seen.add(unit.name)
 
     @cached_property

@@ -15,9 +15,8 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from endor.errors import LoadError
-
-from .latch import Latch
-from .plan import ReadOp, Unit
+from endor.loaders.latch import Latch
+from endor.loaders.plan import ReadOp, Unit
 
 __all__ = ["ReadReport", "Reader", "Ticket", "read_unit"]
 
@@ -71,7 +70,9 @@ class Ticket:
             if not self._began_s:
                 self._began_s = perf_counter()
             if self.stopped and self._error is None:
-                self._error = LoadError(f"{self.op.file}: the read at offset {self.op.offset_bytes} was cancelled")
+                self._error = LoadError(
+                    f"{self.op.file}: the read at offset {self.op.offset_bytes} was cancelled"
+                )
             return self._error is None
 
     def end_part(self, *, direct: int = 0, buffered: int = 0, error: BaseException | None = None) -> None:

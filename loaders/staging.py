@@ -6,8 +6,10 @@ the disk. So the arena is aligned to 2 MiB, asks for huge pages, is faulted in o
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import re
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -15,8 +17,7 @@ from typing import Final, Self
 import torch
 
 from endor.errors import PlanError
-
-from .plan import PAGE_BYTES, first_fit, round_up
+from endor.loaders.plan import PAGE_BYTES, first_fit, round_up
 
 __all__ = ["HUGE_PAGE_BYTES", "StagingBuffer", "StagingPool"]
 
@@ -65,7 +66,9 @@ class StagingBuffer:
 
     def _check_live(self) -> None:
         if self.released or self._pool.closed:
-            raise ValueError("a staging buffer was used after it was released: its bytes may be another unit's by now")
+            raise ValueError(
+                "a staging buffer was used after it was released: its bytes may be another unit's by now"
+            )
 
 
 class StagingPool:
@@ -79,7 +82,9 @@ class StagingPool:
         self._lent: list[StagingBuffer] = []
         self._arena, start = _map_arena(self.capacity_bytes)
         self._view = memoryview(self._arena)[start : start + self.capacity_bytes]
-        self._tensor = torch.frombuffer(self._arena, dtype=torch.uint8, offset=start, count=self.capacity_bytes)
+        self._tensor = torch.frombuffer(
+            self._arena, dtype=torch.uint8, offset=start, count=self.capacity_bytes
+        )
 
     @property
     def lent_bytes(self) -> int:
@@ -128,7 +133,8 @@ class StagingPool:
         try:
             self._arena.close()
         except BufferError:  # someone still holds a view: unmapping would crash them, emptying does not
-            self._arena.madvise(mmap.MADV_DONTNEED)
+            if sys.platform == "linux":
+                self._arena.madvise(mmap.MADV_DONTNEED)
 
     def __enter__(self) -> Self:
         return self
@@ -151,7 +157,9 @@ def _map_arena(length_bytes: int) -> tuple[mmap.mmap, int]:
         # Private on purpose: Python's default is a shared mapping, whose pages are not huge.
         arena = mmap.mmap(-1, length_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError, MemoryError) as error:
-        raise PlanError(f"{length_bytes} bytes of staging memory are needed and could not be mapped: {error}") from error
+        raise PlanError(
+            f"{length_bytes} bytes of staging memory are needed and could not be mapped: {error}"
+        ) from error
     probe = torch.frombuffer(arena, dtype=torch.uint8)
     start = -probe.data_ptr() % HUGE_PAGE_BYTES
     _fault_in(arena, start, length_bytes, probe)
@@ -159,14 +167,13 @@ def _map_arena(length_bytes: int) -> tuple[mmap.mmap, int]:
 
 
 def _fault_in(arena: mmap.mmap, start: int, length_bytes: int, tensor: torch.Tensor) -> None:
-    try:
-        arena.madvise(mmap.MADV_HUGEPAGE, start, length_bytes)
-    except OSError:  # a kernel without huge pages: slower reads, same bytes
-        pass
-    try:
-        arena.madvise(_MADV_POPULATE_WRITE, start, length_bytes)
-    except OSError:  # an older kernel: touch the pages ourselves
-        tensor.narrow(0, start, length_bytes).zero_()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a kernel without huge pages: slower reads, same bytes
+            arena.madvise(mmap.MADV_HUGEPAGE, start, length_bytes)
+        with contextlib.suppress(OSError):  # an older kernel: the pages are touched below
+            arena.madvise(_MADV_POPULATE_WRITE, start, length_bytes)
+            return
+    tensor.narrow(0, start, length_bytes).zero_()
 
 
 def _available_bytes() -> int | None:

@@ -1,0 +1,39 @@
+"""How bytes reach memory: byte ranges of files, read ahead of use into page-aligned buffers that are lent and returned.
+
+    plan = LoadPlan(units=(Unit("layer.0", (ReadOp(path, offset_bytes, length_bytes),)), ...), depth=2)
+    with PosixReader() as reader, Prefetcher(plan, reader) as prefetcher:
+        with prefetcher.acquire(0) as lease:
+            lease.tensor()          # the bytes of layer.0, while those of the next two are being read
+
+This package knows byte ranges, never what they mean.
+"""
+
+from __future__ import annotations
+
+from endor.loaders.pagecache import cached_fraction, drop_from_page_cache
+from endor.loaders.plan import PAGE_BYTES, LoadPlan, ReadOp, Unit
+from endor.loaders.posix import DirectMode, PosixReader
+from endor.loaders.prefetch import Lease, OnRead, Prefetcher, PrefetchStats
+from endor.loaders.reader import Reader, ReadReport, Ticket, read_unit
+from endor.loaders.staging import StagingBuffer, StagingPool
+
+__all__ = [
+    "PAGE_BYTES",
+    "DirectMode",
+    "Lease",
+    "LoadPlan",
+    "OnRead",
+    "PosixReader",
+    "PrefetchStats",
+    "Prefetcher",
+    "ReadOp",
+    "ReadReport",
+    "Reader",
+    "StagingBuffer",
+    "StagingPool",
+    "Ticket",
+    "Unit",
+    "cached_fraction",
+    "drop_from_page_cache",
+    "read_unit",
+]
