@@ -2,8 +2,8 @@
 
 `formats/` and `loaders/` lie at the top of the repository and are imported as `endor.formats` and
 `endor.loaders`. The package list is computed without following the links `endor/formats` and
-`endor/loaders`, so that a checkout whose links were lost (a zip archive, Windows without developer mode) builds
-the same wheel.
+`endor/loaders`, so that a checkout whose links were lost (a zip archive, Windows without developer mode)
+builds the same wheel.
 """
 
 from __future__ import annotations

@@ -300,8 +300,8 @@ something like Python. It exists so that demo and tests can prune, pack and stre
 no other use.
 
 - **Data**: the source of Python {figures["python"]}'s standard library and the language reference inside
-  `pydoc`, without test suites, codec tables, IDLE and lib2to3. Copyright Python Software Foundation, PSF License
-  Version 2 (`../LICENSE-PSF.txt`). The modules of `../heldout.txt` are in neither the training nor the
+  `pydoc`, without test suites, codec tables, IDLE and lib2to3. Copyright Python Software Foundation, PSF
+  License Version 2 (`../LICENSE-PSF.txt`). The modules of `../heldout.txt` are in neither the training nor the
   calibration text.
 - **Weights and tokenizer**: Apache-2.0, as the rest of Endor.
 - **Command**: `{figures["command"]}`
