@@ -6,6 +6,8 @@ and subnormals pass through untouched.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -86,7 +88,7 @@ def _checked_span(packed: PackedTensor, per_row: Tensor, start_block: int, stop_
     if first < 0 or last > layout.nnz or (whole and (first, last) != (0, layout.nnz)):
         raise FormatError(f"row_offsets must run from 0 to nnz {layout.nnz}, found {first} to {last}")
     rows = rows_of(layout, start_block, stop_block)
-    part = Geometry(rows=len(rows), cols=layout.geometry.cols)
+    part = replace(layout.geometry, rows=len(rows))
     wrong = (_row_block_offsets(per_row, part).diff() != offsets.diff()).nonzero()
     if wrong.numel():
         i = int(wrong[0])
