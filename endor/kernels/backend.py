@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 
@@ -19,7 +18,7 @@ class Backend(ABC):
     checks only what it alone can see: the contents of the sections, which come from files and may lie.
     """
 
-    name: ClassVar[str] | str
+    name: str
 
     @abstractmethod
     def supports(self, codec: str, device: torch.device) -> bool:

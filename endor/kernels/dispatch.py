@@ -12,13 +12,13 @@ from endor.errors import KernelError
 from endor.formats.codecs import CODECS
 from endor.formats.packed import DENSE_SECTION, MASKS, PackedTensor, TensorLayout
 from endor.kernels.backend import Backend, rows_of
+from endor.kernels.native_backend import native_backends
 from endor.kernels.reference import ReferenceBackend
 
 __all__ = ["active_backend", "backends", "decode", "decode_rows", "encode"]
 
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (ReferenceBackend(),)}
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (*native_backends(), ReferenceBackend())}
 """Fastest first."""
-_CPU = torch.device("cpu")
 
 
 def backends() -> tuple[str, ...]:
@@ -49,7 +49,8 @@ def encode(
     source = weight.detach().contiguous()
     if mask == "dense" and values == "raw":
         layout = TensorLayout(tuple(source.shape), source.dtype, "dense", "raw", source.numel())
-        return PackedTensor(layout, {DENSE_SECTION: source.clone() if source.data_ptr() == weight.data_ptr() else source})
+        copied = source.data_ptr() != weight.data_ptr()
+        return PackedTensor(layout, {DENSE_SECTION: source if copied else source.clone()})
     return _choose(backend, values, source.device).encode(source, values)
 
 

@@ -1,0 +1,144 @@
+// endor.kernels._native: addresses and sizes in, a number out. The caller (native_backend.py) has checked them.
+
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030B0000
+#endif
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "bitmap.h"
+#include "parallel.h"
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the format is little-endian, and so are these kernels"
+#endif
+
+namespace {
+
+using namespace endor;
+
+constexpr int kIsaCount = 4;
+
+const Kernels* kernels_at(int isa) {
+    switch (isa) {
+        case 0: return avx512_kernels();
+        case 1: return avx2_kernels();
+        case 2: return neon_kernels();
+        case 3: return scalar_kernels();
+        default: return nullptr;
+    }
+}
+
+const Kernels* checked_kernels(int isa) {
+    const Kernels* kernels = kernels_at(isa);
+    if (!kernels) PyErr_Format(PyExc_ValueError, "this machine has no instruction set %d", isa);
+    return kernels;
+}
+
+template <class T>
+T* pointer(unsigned long long address) {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+PyObject* py_isas(PyObject*, PyObject*) {
+    PyObject* isas = PyDict_New();
+    for (int isa = 0; isas && isa < kIsaCount; ++isa) {
+        if (const Kernels* kernels = kernels_at(isa)) {
+            PyObject* index = PyLong_FromLong(isa);
+            if (!index || PyDict_SetItemString(isas, kernels->name, index) < 0) Py_CLEAR(isas);
+            Py_XDECREF(index);
+        }
+    }
+    return isas;
+}
+
+PyObject* py_decode(PyObject*, PyObject* args) {
+    DecodeJob job{};
+    int isa, threads, offsets_are_64, streaming;
+    long long rows, cols, row_block, nnz, start_block, stop_block;
+    unsigned long long bitmap, offsets, values, out;
+    if (!PyArg_ParseTuple(args, "iiLLLLiKKpKKLLp", &isa, &threads, &rows, &cols, &row_block, &nnz, &job.size_log2,
+                          &bitmap, &offsets, &offsets_are_64, &values, &out, &start_block, &stop_block, &streaming)) {
+        return nullptr;
+    }
+    job.kernels = checked_kernels(isa);
+    if (!job.kernels) return nullptr;
+    job.shape = {rows, cols, row_block};
+    job.bitmap = pointer<const uint8_t>(bitmap);
+    job.offsets = pointer<const void>(offsets);
+    job.offsets_are_64 = offsets_are_64;
+    job.values = pointer<const uint8_t>(values);
+    job.nnz = nnz;
+    job.out = pointer<uint8_t>(out);
+    job.start_block = start_block;
+    job.stop_block = stop_block;
+    job.streaming = streaming;
+    int64_t failure;
+    Py_BEGIN_ALLOW_THREADS
+    failure = decode(job, threads);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(failure);
+}
+
+bool parse_encode(PyObject* args, EncodeJob& job, int& threads) {
+    int isa;
+    long long rows, cols, row_block;
+    unsigned long long dense, bitmap, offsets, values;
+    if (!PyArg_ParseTuple(args, "iiLLLiKKKK", &isa, &threads, &rows, &cols, &row_block, &job.size_log2, &dense,
+                          &bitmap, &offsets, &values)) {
+        return false;
+    }
+    job.kernels = checked_kernels(isa);
+    job.shape = {rows, cols, row_block};
+    job.dense = pointer<const uint8_t>(dense);
+    job.bitmap = pointer<uint8_t>(bitmap);
+    job.offsets = pointer<int64_t>(offsets);
+    job.values = pointer<uint8_t>(values);
+    return job.kernels != nullptr;
+}
+
+PyObject* py_scan(PyObject*, PyObject* args) {
+    EncodeJob job{};
+    int threads;
+    if (!parse_encode(args, job, threads)) return nullptr;
+    int64_t nnz;
+    Py_BEGIN_ALLOW_THREADS
+    nnz = scan(job, threads);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(nnz);
+}
+
+PyObject* py_compress(PyObject*, PyObject* args) {
+    EncodeJob job{};
+    int threads;
+    if (!parse_encode(args, job, threads)) return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    compress(job, threads);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* py_set_openmp(PyObject*, PyObject* args) {
+    unsigned long long address;
+    if (!PyArg_ParseTuple(args, "K", &address)) return nullptr;
+    set_openmp(reinterpret_cast<OpenMpParallel>(static_cast<uintptr_t>(address)));
+    Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"isas", py_isas, METH_NOARGS, "Instruction sets of this machine, fastest first, and their numbers."},
+    {"decode", py_decode, METH_VARARGS, "Decode row blocks; -1, or 4 * row block + rule broken."},
+    {"scan", py_scan, METH_VARARGS, "Write bitmap and int64 row offsets of a dense matrix; the number of values."},
+    {"compress", py_compress, METH_VARARGS, "Write the values a bitmap names."},
+    {"set_openmp", py_set_openmp, METH_VARARGS, "Use the OpenMP runtime with this GOMP_parallel; 0: own threads."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_native", "C++ kernels over raw addresses; use endor.kernels instead.", -1, methods,
+    nullptr, nullptr, nullptr, nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

@@ -1,0 +1,114 @@
+"""The C++ kernels, one backend per instruction set this machine has.
+
+The extension `endor.kernels._native` is optional: without it `backends()` is empty and `endor.kernels` falls back to
+`reference`. It takes addresses and sizes; everything that could make an address wrong is checked here or in
+`endor.kernels.dispatch` first, and everything a file could lie about is checked in C++.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from endor.errors import FormatError
+from endor.formats.layout import Geometry
+from endor.formats.packed import PackedTensor, TensorLayout, offsets_dtype
+from endor.kernels.backend import Backend
+from endor.kernels.openmp import parallel_address
+
+__all__ = ["NativeBackend", "native_backends"]
+
+STREAMING_BYTES = 16 << 20
+"""Outputs from this size on bypass the caches: see docs/design/kernels.md."""
+_CODECS = ("raw",)
+_RULES = (
+    "row_offsets decrease, leave the values, or do not run from 0 to nnz",
+    "the bitmap has bits set beyond the last column",
+    "row_offsets and the number of bits set in the bitmap differ",
+)
+
+
+class NativeBackend(Backend):
+    """One instruction set of the extension."""
+
+    def __init__(self, name: str, extension: object, isa: int) -> None:
+        self.name = name
+        self._isa = isa
+        self._scan = extension.scan  # type: ignore[attr-defined]
+        self._compress = extension.compress  # type: ignore[attr-defined]
+        self._decode = extension.decode  # type: ignore[attr-defined]
+
+    def supports(self, codec: str, device: torch.device) -> bool:
+        return codec in _CODECS and device.type == "cpu"
+
+    def encode(self, weight: Tensor, codec: str) -> PackedTensor:
+        shape = tuple(weight.shape)
+        g = Geometry.of(shape)
+        weight = _aligned(weight)
+        bitmap = torch.empty(g.rows, g.bitmap_row_bytes, dtype=torch.uint8)
+        offsets = torch.empty(g.row_blocks + 1, dtype=torch.int64)
+        size_log2 = weight.dtype.itemsize.bit_length() - 1
+        job = (self._isa, torch.get_num_threads(), g.rows, g.cols, g.row_block, size_log2)
+        inputs = (weight.data_ptr(), bitmap.data_ptr(), offsets.data_ptr())
+        nnz = self._scan(*job, *inputs, 0)
+        values = torch.empty(nnz, dtype=weight.dtype)
+        self._compress(*job, *inputs, values.data_ptr())
+        layout = TensorLayout(shape, weight.dtype, "bitmap", codec, nnz)
+        sections = {"bitmap": bitmap, "row_offsets": offsets.to(offsets_dtype(nnz)), "values": values}
+        return PackedTensor(layout, sections)
+
+    def decode(self, packed: PackedTensor, start_block: int, stop_block: int, out: Tensor) -> None:
+        layout, sections = packed.layout, packed.sections
+        self.decode_raw(
+            layout.geometry, sections["bitmap"], sections["row_offsets"], sections["values"], out, start_block, stop_block
+        )
+
+    def decode_raw(
+        self,
+        g: Geometry,
+        bitmap: Tensor,
+        row_offsets: Tensor,
+        values: Tensor,
+        out: Tensor,
+        start_block: int,
+        stop_block: int,
+    ) -> None:
+        """Decode row blocks [start_block, stop_block) to `out`; sections and `out` must fit `g`, contiguous."""
+        itemsize = out.dtype.itemsize
+        row_offsets, values = _aligned(row_offsets), _aligned(values)
+        failure = self._decode(
+            self._isa,
+            torch.get_num_threads(),
+            g.rows,
+            g.cols,
+            g.row_block,
+            values.numel(),
+            itemsize.bit_length() - 1,
+            bitmap.data_ptr(),
+            row_offsets.data_ptr(),
+            row_offsets.dtype == torch.int64,
+            values.data_ptr(),
+            out.data_ptr(),
+            start_block,
+            stop_block,
+            out.numel() * itemsize >= STREAMING_BYTES,
+        )
+        if failure >= 0:
+            raise FormatError(f"row block {failure // 4}: {_RULES[failure % 4]}")
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy where it starts in the middle of an element (a view of foreign memory can)."""
+    return tensor.clone() if tensor.data_ptr() % tensor.dtype.itemsize else tensor
+
+
+def native_backends() -> tuple[NativeBackend, ...]:
+    """A backend per instruction set, fastest first; none without the extension."""
+    try:
+        extension = importlib.import_module("endor.kernels._native")
+    except ImportError:
+        return ()
+    extension.set_openmp(parallel_address())
+    return tuple(NativeBackend(f"native-{name}", extension, isa) for name, isa in extension.isas().items())
