@@ -301,8 +301,8 @@ no other use.
 
 - **Data**: the source of Python {figures["python"]}'s standard library and the language reference inside
   `pydoc`, without test suites, codec tables, IDLE and lib2to3. Copyright Python Software Foundation, PSF
-  License Version 2 (`../LICENSE-PSF.txt`). The modules of `../heldout.txt` are in neither the training nor the
-  calibration text.
+  License Version 2 (`../LICENSE-PSF.txt`). The modules of `../heldout.txt` are in neither the training nor
+  the calibration text.
 - **Weights and tokenizer**: Apache-2.0, as the rest of Endor.
 - **Command**: `{figures["command"]}`
 - **Measured** (perplexity on `../heldout.txt`, windows of {WINDOW_TOKENS} tokens, float32 arithmetic):

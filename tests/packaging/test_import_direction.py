@@ -34,7 +34,7 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def package_of(module: str) -> str:
-    """`endor.formats.codecs.raw` belongs to `endor.formats`; a name such as `endor.__version__` to `endor`."""
+    """`endor.formats.codecs.raw` belongs to `endor.formats`; a plain name, `endor.__version__`, to `endor`."""
     parts = module.split(".")
     name = ".".join(parts[:2])
     return name if name in ALLOWED or name in UNRESTRICTED else "endor"
