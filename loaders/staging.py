@@ -19,7 +19,7 @@ import torch
 from endor.errors import PlanError
 from endor.loaders.plan import PAGE_BYTES, first_fit, round_up
 
-__all__ = ["HUGE_PAGE_BYTES", "StagingBuffer", "StagingPool"]
+__all__ = ["HUGE_PAGE_BYTES", "StagingBuffer", "StagingPool", "available_bytes"]
 
 HUGE_PAGE_BYTES: Final = 2 << 20
 _MADV_POPULATE_WRITE: Final = 23  # not in Python's mmap module; Linux >= 5.14
@@ -147,7 +147,7 @@ class StagingPool:
 
 def _map_arena(length_bytes: int) -> tuple[mmap.mmap, int]:
     """A private mapping and the offset in it of `length_bytes` bytes on huge-page alignment, faulted in."""
-    available = _available_bytes()
+    available = available_bytes()
     if available is not None and length_bytes > available:
         raise PlanError(
             f"{length_bytes} bytes of staging memory are needed, {available} are available:"
@@ -176,7 +176,7 @@ def _fault_in(arena: mmap.mmap, start: int, length_bytes: int, tensor: torch.Ten
     tensor.narrow(0, start, length_bytes).zero_()
 
 
-def _available_bytes() -> int | None:
+def available_bytes() -> int | None:
     """Memory the system could give without swapping, where it says so."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")

@@ -1,0 +1,261 @@
+"""`BitmapTensor`: a packed weight that any PyTorch code can use as if it were the dense tensor.
+
+It is a wrapper subclass, as torchao's quantised tensors are: shape, dtype and device are those of the dense tensor, the
+storage is the packed sections. `F.linear` decodes into a scratch buffer that its owner lends; every other operation
+decodes into fresh memory. A weight that is streamed has its sections only while its block runs (`attach`, `detach`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from endor.errors import KernelError
+from endor.formats.packed import DENSE_SECTION, PackedTensor, TensorLayout
+from endor.kernels.dispatch import decode as decode_packed
+from endor.kernels.dispatch import encode as encode_packed
+
+__all__ = ["BitmapTensor", "Scratch", "decode", "encode"]
+
+_aten = torch.ops.aten
+
+
+class Scratch(Protocol):
+    """Lends memory to decode into; what it lent before may be overwritten by the next call."""
+
+    def decode(self, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+        """The dense tensor in `dtype`, valid until the next call."""
+
+
+class BitmapTensor(torch.Tensor):
+    """A weight as bitmap and values (or another mask and codec), usable wherever a dense tensor is.
+
+    Args:
+        layout: what the tensor is.
+        packed: its sections, or None for a weight whose sections are attached while it is needed.
+        dtype: the dtype it shows and decodes to; the stored one by default.
+        scratch: lends the memory that `F.linear` decodes into; fresh memory without one.
+        device: it shows; that of the sections by default.
+    """
+
+    packed_layout: TensorLayout
+    _packed: PackedTensor | None
+    _scratch: Scratch | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        layout: TensorLayout,
+        packed: PackedTensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        scratch: Scratch | None = None,
+        device: torch.device | None = None,
+    ) -> BitmapTensor:
+        if device is None:
+            device = packed.device if packed is not None else torch.device("cpu")
+        self: BitmapTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, layout.shape, dtype=dtype or layout.dtype, device=device, requires_grad=False
+        )
+        self.packed_layout = layout
+        self._packed = packed
+        self._scratch = scratch
+        return self
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__()
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The sections. Raises KernelError if the weight is streamed and its block is not running."""
+        if self._packed is None:
+            raise KernelError(
+                f"a streamed weight of shape {list(self.shape)} was used while its block is not running. Its bytes are "
+                "in memory only during the block's forward; load the model with a larger host_memory to keep it there"
+            )
+        return self._packed
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the sections are in memory."""
+        return self._packed is not None
+
+    def attach(self, packed: PackedTensor) -> None:
+        """Give the weight its sections."""
+        self._packed = packed
+
+    def detach_sections(self) -> None:
+        """Take the sections away."""
+        self._packed = None
+
+    def use_scratch(self, scratch: Scratch) -> None:
+        """Decode into `scratch` where one use is enough."""
+        self._scratch = scratch
+
+    @property
+    def nnz(self) -> int:
+        """Number of kept values."""
+        return self.packed_layout.nnz
+
+    @property
+    def mask(self) -> str:
+        return self.packed_layout.mask
+
+    @property
+    def codec(self) -> str:
+        return self.packed_layout.codec
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed sections."""
+        return self.packed_layout.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the packed sections per element."""
+        return self.packed_layout.bits_per_weight
+
+    def to_dense(self, *args: object, **kwargs: object) -> torch.Tensor:  # type: ignore[override]
+        """The dense tensor in this tensor's dtype, in memory of its own."""
+        dense = decode_packed(self.packed)
+        return dense if dense.dtype == self.dtype else dense.to(self.dtype)
+
+    def _for_matmul(self) -> torch.Tensor:
+        """The dense tensor for one use: perhaps a view of the sections or of the scratch."""
+        packed = self.packed
+        if packed.layout.is_plain and packed.layout.dtype == self.dtype:
+            return packed.sections[DENSE_SECTION]
+        return self.to_dense() if self._scratch is None else self._scratch.decode(packed, self.dtype)
+
+    def _like(self, packed: PackedTensor | None, *, dtype: torch.dtype) -> BitmapTensor:
+        device = packed.device if packed is not None else self.device
+        return BitmapTensor(self.packed_layout, packed, dtype=dtype, scratch=self._scratch, device=device)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return (
+            f"BitmapTensor(shape={list(self.shape)}, dtype={self.dtype}, mask={self.mask!r}, codec={self.codec!r}, "
+            f"nnz={self.nnz}, bits_per_weight={self.bits_per_weight:.3f})"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BitmapTensor:
+        packed = self._packed
+        if packed is not None:
+            packed = PackedTensor(packed.layout, {k: v.clone() for k, v in packed.sections.items()})
+        copy = self._like(packed, dtype=self.dtype)
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        layout = self.packed_layout
+        fields = (layout.shape, layout.dtype, layout.mask, layout.codec, layout.nnz, dict(layout.params))
+        return _rebuild, (fields, dict(self.packed.sections), self.dtype, isinstance(self, torch.nn.Parameter))
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[TensorLayout, torch.dtype]]:
+        names = [f"section_{name}" for name in self.packed.sections]
+        for name, section in self.packed.sections.items():
+            setattr(self, f"section_{name}", section)
+        return names, (self.packed_layout, self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: Mapping[str, torch.Tensor], context: tuple[TensorLayout, torch.dtype], size: object, stride: object
+    ) -> BitmapTensor:
+        layout, dtype = context
+        sections = {name.removeprefix("section_"): tensor for name, tensor in inner.items()}
+        return cls(layout, PackedTensor(layout, sections), dtype=dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and len(args) >= 2 and isinstance(args[1], BitmapTensor):
+            return _linear(args[0], args[1], *args[2:], **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        overload = func.overloadpacket
+        if overload in (_aten.detach, _aten.alias) and isinstance(args[0], BitmapTensor):
+            return args[0]._like(args[0]._packed, dtype=args[0].dtype)
+        if overload is _aten._to_copy and isinstance(args[0], BitmapTensor):
+            return _to_copy(args[0], kwargs)
+        if func._schema.is_mutable:
+            raise KernelError(f"{func} would write to a BitmapTensor, which is read-only; use endor.decode first")
+        return func(*_dense(args), **_dense(kwargs))
+
+
+def _linear(
+    x: torch.Tensor, weight: BitmapTensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return F.linear(x, weight.to_dense(), bias)  # backward needs the weight after the scratch has moved on
+    return F.linear(x, weight._for_matmul(), bias)
+
+
+def _to_copy(tensor: BitmapTensor, kwargs: Mapping[str, Any]) -> BitmapTensor:
+    device = kwargs.get("device")
+    dtype = kwargs.get("dtype") or tensor.dtype
+    packed = tensor._packed
+    if packed is not None and device is not None:
+        packed = packed.to(torch.device(device), non_blocking=bool(kwargs.get("non_blocking")))
+    return tensor._like(packed, dtype=dtype)
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, BitmapTensor):
+        return value.to_dense()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_dense(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _dense(item) for key, item in value.items()}
+    return value
+
+
+def _rebuild(
+    fields: tuple[Any, ...], sections: Mapping[str, torch.Tensor], dtype: torch.dtype, parameter: bool
+) -> torch.Tensor:
+    layout = TensorLayout(*fields)
+    tensor = BitmapTensor(layout, PackedTensor(layout, sections), dtype=dtype)
+    return torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+
+
+def encode(weight: torch.Tensor, *, values: str = "auto", mask: str = "auto", backend: str | None = None) -> BitmapTensor:
+    """Pack a weight bit-exactly (every element whose bits are not all zero is kept).
+
+    Args:
+        weight: bf16, fp16, fp32 or float8_e4m3fn of any rank >= 1; zero-size dimensions are allowed.
+        values: a values codec, or `auto` for the smallest lossless one.
+        mask: `bitmap`, `dense`, or `auto` for the smaller.
+        backend: a kernel backend by name; the fastest by default.
+
+    Raises KernelError for a dtype, codec or mask that do not go together.
+    """
+    packed = encode_packed(weight, values=values, mask=mask, backend=backend)
+    return BitmapTensor(packed.layout, packed)
+
+
+def decode(packed: BitmapTensor, *, out: torch.Tensor | None = None, backend: str | None = None) -> torch.Tensor:
+    """The dense tensor, in its stored dtype and bit-exact.
+
+    Args:
+        packed: what `encode` returned.
+        out: contiguous tensor of the same shape, dtype and device to decode into; fresh memory by default.
+        backend: a kernel backend by name; the fastest by default.
+    """
+    return decode_packed(packed.packed, out=out, backend=backend)

@@ -1,0 +1,87 @@
+"""Builds a transformers model without weights and puts tensors into it by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+
+from endor.errors import FormatError, LoadError
+
+__all__ = ["build_skeleton", "check_complete", "install"]
+
+
+def build_skeleton(directory: Path, *, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
+    """The model that config.json in `directory` describes, its parameters on meta, its buffers real.
+
+    Args:
+        directory: of the checkpoint.
+        dtype: of the model; that of the config by default.
+
+    Raises:
+        LoadError: transformers cannot read the config, or does not know the model.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoadError(f"{directory / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model_class = _model_class(config, directory)
+    with init_empty_weights(include_buffers=False):
+        model = model_class._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    if (directory / "generation_config.json").exists() and hasattr(model, "generation_config"):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+def _model_class(config: Any, directory: Path) -> Any:
+    names = config.architectures or []
+    if not names:
+        raise LoadError(f"{directory / 'config.json'}: `architectures` names no model class; add the one it was saved with")
+    model_class = getattr(transformers, names[0], None)
+    if model_class is None:
+        raise LoadError(
+            f"{directory / 'config.json'}: transformers {transformers.__version__} has no model class {names[0]!r}; "
+            "upgrade transformers, or check `architectures`"
+        )
+    return model_class
+
+
+def install(model: nn.Module, name: str, tensor: torch.Tensor | nn.Parameter) -> None:
+    """Make `tensor` the parameter or buffer called `name`. Raises FormatError if the model has none of that shape."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(parent)
+        current = module._parameters.get(leaf, module._buffers.get(leaf))
+    except AttributeError:
+        current = None
+    if current is None:
+        raise FormatError(f"the checkpoint has a tensor {name!r}, the model {type(model).__name__} does not")
+    if current.shape != tensor.shape:
+        raise FormatError(f"{name}: the model expects shape {list(current.shape)}, found {list(tensor.shape)}")
+    if leaf in module._parameters:
+        parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+        module._parameters[leaf] = parameter
+    else:
+        module._buffers[leaf] = tensor.data
+
+
+def check_complete(model: nn.Module, directory: Path) -> None:
+    """Raise FormatError if a parameter or buffer of the model is still without a value."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    missing = [name for name, tensor in named if tensor.device.type == "meta"]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise FormatError(f"{directory}: the checkpoint has no {', '.join(missing[:3])}{more}, which the model needs")

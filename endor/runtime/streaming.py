@@ -1,0 +1,273 @@
+"""Streams a model's blocks: each block's weights are in memory from its forward's beginning to its end.
+
+Two public hooks per block (`register_forward_pre_hook`, `register_forward_hook(always_call=True)`) attach the
+compressed sections of the block's weights and take them away; two on the model count what a forward cost. `close`
+undoes all of it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from endor.errors import EndorError
+from endor.formats.checksums import verify_block
+from endor.formats.packed import PackedTensor
+from endor.formats.reader import BlockRange
+from endor.kernels.tensor import BitmapTensor
+from endor.loaders import Lease, LoadPlan, Prefetcher, ReadOp, Reader, StagingPool, Unit, read_unit
+from endor.runtime.placement import Placement
+from endor.runtime.scratch import DecodeScratch
+from endor.runtime.stats import RunStats, StatsRecorder
+
+__all__ = ["Runtime", "WeightBlock"]
+
+
+@dataclass(frozen=True)
+class WeightBlock:
+    """A block whose weights are packed: the module that runs it, its bytes on disk, its weights by entry name."""
+
+    module: nn.Module
+    home: BlockRange
+    weights: Mapping[str, tuple[BitmapTensor, ...]]
+    _views: dict[int, dict[str, PackedTensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.home.block.name
+
+    def attach(self, memory: torch.Tensor) -> None:
+        """Give every weight its sections in `memory`, uint8 [nbytes of the block].
+
+        A ring has few places for a block, so the views of each are made once: they would cost 0.2 ms per block.
+        """
+        views = self._views.get(memory.data_ptr())
+        if views is None:
+            views = self._views[memory.data_ptr()] = self.home.block.unpack(memory, names=self.weights)
+        for name, packed in views.items():
+            for weight in self.weights[name]:
+                weight.attach(packed)
+
+    def forget(self) -> None:
+        """Detach, and drop every view of memory that is about to go."""
+        self.detach()
+        self._views.clear()
+
+    def detach(self) -> None:
+        for weights in self.weights.values():
+            for weight in weights:
+                weight.detach_sections()
+
+    def unit(self) -> Unit:
+        return Unit(self.name, (ReadOp(self.home.file, self.home.offset, self.home.nbytes),))
+
+
+class Runtime:
+    """Keeps a model's compressed blocks where the placement says and brings the streamed ones in time.
+
+    A context manager; `close` (also called when the model is collected) removes the hooks, ends the threads and frees
+    the memory. After it the model's streamed weights cannot be used.
+
+    Args:
+        model: whose blocks these are.
+        blocks: in execution order.
+        placement: which of them stay in host memory.
+        depth: blocks that are read ahead; 0 reads each when it is needed.
+        reader: reads byte ranges; closed with the runtime.
+        scratch: what weights are decoded into.
+        stats: where everything is counted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[WeightBlock],
+        placement: Placement,
+        *,
+        depth: int,
+        reader: Reader,
+        scratch: DecodeScratch,
+        stats: StatsRecorder,
+    ) -> None:
+        self.placement = placement
+        self.reader = reader
+        self._blocks = tuple(blocks)
+        self._scratch = scratch
+        self._stats = stats
+        self._verified: set[int] = set()
+        self._leases: list[tuple[WeightBlock, Lease]] = []
+        self._handles: list[RemovableHandle] = []
+        self._resident = self._load_resident()
+        self._prefetcher = self._start_prefetcher(depth)
+        self._hook(model)
+        stats.sample_memory()
+        self._finalizer = weakref.finalize(model, _close_parts, self._parts())
+        self._model = weakref.ref(model)
+        model.endor_runtime = self
+        model.endor_stats = self.stats
+
+    @property
+    def ring_bytes(self) -> int:
+        """Staging memory of the ring."""
+        return self._prefetcher.ring_bytes if self._prefetcher else 0
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that holds resident compressed blocks."""
+        return self._resident.capacity_bytes if self._resident else 0
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory that weights are decoded into."""
+        return self._scratch.nbytes
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Compressed bytes that one pass over all blocks reads from disk."""
+        return sum(self._blocks[i].home.nbytes for i in self.placement.disk)
+
+    @property
+    def peak_anonymous_bytes(self) -> int:
+        """Most anonymous memory of the process seen after loading and after each forward."""
+        return self._stats.peak_anonymous_bytes
+
+    def stats(self) -> RunStats:
+        """Totals since loading."""
+        return self._stats.snapshot()
+
+    def per_forward(self) -> tuple[RunStats, ...]:
+        """One entry per forward of the model: the first of a generation reads the prompt, each other makes one token."""
+        return tuple(self._stats.per_forward)
+
+    def close(self) -> None:
+        """Remove the hooks, end the threads, free the memory. Idempotent."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        model = self._model()
+        for name in ("endor_runtime", "endor_stats"):
+            if model is not None and name in vars(model):
+                delattr(model, name)
+        self._release_leases()
+        for block in self._blocks:
+            block.forget()
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # ── setting up ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _load_resident(self) -> StagingPool | None:
+        """Read the resident blocks into one arena, where they are used in place."""
+        units = [self._blocks[i].unit() for i in self.placement.host]
+        if not units:
+            return None
+        pool = StagingPool(sum(unit.span_bytes for unit in units))
+        try:
+            for index, unit in zip(self.placement.host, units, strict=True):
+                buffer = pool.allocate(unit.span_bytes)
+                read_unit(self.reader, unit, buffer.memory)
+                block = self._blocks[index]
+                verify_block(block.home.block, buffer.memory[: block.home.nbytes], file=str(block.home.file))
+                block.attach(buffer.tensor(0, block.home.nbytes))
+        except BaseException:
+            pool.close()
+            raise
+        return pool
+
+    def _start_prefetcher(self, depth: int) -> Prefetcher | None:
+        if not self.placement.disk:
+            return None
+        plan = LoadPlan(tuple(self._blocks[i].unit() for i in self.placement.disk), depth)
+        return Prefetcher(plan, self.reader, on_read=self._verify)
+
+    def _verify(self, unit_index: int, memory: memoryview) -> None:
+        """Compare a block with its checksums the first time it is read (in the prefetcher's thread)."""
+        if unit_index in self._verified:
+            return
+        block = self._blocks[self.placement.disk[unit_index]]
+        verify_block(block.home.block, memory[: block.home.nbytes], file=str(block.home.file))
+        self._verified.add(unit_index)
+
+    def _hook(self, model: nn.Module) -> None:
+        this = weakref.proxy(self)
+        unit_of = {index: unit for unit, index in enumerate(self.placement.disk)}
+        for index, block in enumerate(self._blocks):
+            before = _streamed_hook(this, block, unit_of[index]) if index in unit_of else _resident_hook(this, block)
+            self._handles.append(block.module.register_forward_pre_hook(before))
+            if index in unit_of:
+                self._handles.append(block.module.register_forward_hook(_release_hook(this, block), always_call=True))
+        self._handles.append(model.register_forward_pre_hook(lambda *_: this._begin_forward(), prepend=True))
+        self._handles.append(model.register_forward_hook(lambda *_: this._end_forward(), always_call=True))
+
+    def _parts(self) -> list[Any]:
+        return [part for part in (self._prefetcher, self.reader, self._scratch, self._resident) if part is not None]
+
+    # ── while the model runs ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _begin_forward(self) -> None:
+        self._release_leases()  # of a forward that Ctrl-C ended: torch runs no hooks for it
+        self._stats.begin_forward()
+
+    def _end_forward(self) -> None:
+        if self._prefetcher:
+            self._stats.read_s = self._prefetcher.stats().read_s
+        self._stats.end_forward()
+
+    def _acquire(self, block: WeightBlock, unit_index: int) -> None:
+        assert self._prefetcher is not None
+        lease = self._prefetcher.acquire(unit_index)
+        self._leases.append((block, lease))
+        self._stats.stall_s += lease.stall_s
+        self._stats.disk_bytes += block.home.nbytes
+        block.attach(lease.op_tensor(0))
+
+    def _use_resident(self, block: WeightBlock) -> None:
+        self._stats.host_bytes += block.home.nbytes
+
+    def _release(self, block: WeightBlock) -> None:
+        for held in [pair for pair in self._leases if pair[0] is block]:
+            self._leases.remove(held)
+            block.detach()
+            held[1].release()
+
+    def _release_leases(self) -> None:
+        while self._leases:
+            block, lease = self._leases.pop()
+            block.detach()
+            lease.release()
+
+
+def _streamed_hook(runtime: Runtime, block: WeightBlock, unit_index: int) -> Callable[..., None]:
+    return lambda *_: runtime._acquire(block, unit_index)
+
+
+def _resident_hook(runtime: Runtime, block: WeightBlock) -> Callable[..., None]:
+    return lambda *_: runtime._use_resident(block)
+
+
+def _release_hook(runtime: Runtime, block: WeightBlock) -> Callable[..., None]:
+    return lambda *_: runtime._release(block)
+
+
+def _close_parts(parts: list[Any]) -> None:
+    """Close what holds threads, files and memory, all of it even when one fails."""
+    errors: list[EndorError] = []
+    for part in parts:
+        try:
+            part.close()
+        except EndorError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
