@@ -1,4 +1,4 @@
-"""How bytes reach memory: byte ranges of files, read ahead of use into page-aligned buffers that are lent and returned.
+"""How bytes reach memory: byte ranges of files, read ahead of use into page-aligned buffers that are lent.
 
     plan = LoadPlan(units=(Unit("layer.0", (ReadOp(path, offset_bytes, length_bytes),)), ...), depth=2)
     with PosixReader() as reader, Prefetcher(plan, reader) as prefetcher:
@@ -10,10 +10,11 @@ This package knows byte ranges, never what they mean.
 
 from __future__ import annotations
 
+from endor.loaders.flight import OnRead
 from endor.loaders.pagecache import cached_fraction, drop_from_page_cache
 from endor.loaders.plan import PAGE_BYTES, LoadPlan, ReadOp, Unit
 from endor.loaders.posix import DirectMode, PosixReader
-from endor.loaders.prefetch import Lease, OnRead, Prefetcher, PrefetchStats
+from endor.loaders.prefetch import Lease, Prefetcher, PrefetchStats
 from endor.loaders.reader import Reader, ReadReport, Ticket, read_unit
 from endor.loaders.staging import StagingBuffer, StagingPool
 

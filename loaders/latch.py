@@ -1,8 +1,8 @@
 """A one-shot event that Ctrl-C cannot corrupt.
 
-`threading.Event` takes its inner lock in Python code, so a signal that lands inside `wait` can leave that lock held
-and the setter blocked for ever. A latch is one C-level lock, entered only through `with`, which the interpreter
-never interrupts half way.
+`threading.Event` takes its inner lock in Python code, so a signal that lands inside `wait` can leave that
+lock held and the setter blocked for ever. A latch is one C-level lock, entered only through `with`, which the
+interpreter never interrupts half way.
 """
 
 from __future__ import annotations

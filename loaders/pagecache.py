@@ -1,7 +1,7 @@
 """What the system's page cache holds of a file, and how to make it hold nothing.
 
-A direct read ignores the page cache, a buffered one of cached bytes is five times faster than the disk, and a buffered
-one of uncached bytes is slower than a direct one. So somebody has to ask first.
+A direct read ignores the page cache, a buffered one of cached bytes is five times faster than the disk, and a
+buffered one of uncached bytes is slower than a direct one. So somebody has to ask first.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def cached_fraction(descriptor: int, offset_bytes: int, length_bytes: int) -> fl
 def _sampled_fraction(descriptor: int, offset_bytes: int, length_bytes: int) -> float:
     """1 if a few random bytes are served without waiting for the disk, else 0.
 
-    Asking this way makes the kernel fetch the page it was asked for (one page, measured; a longer question would fetch
-    all of it), so the places are random: the traces of earlier questions must not answer later ones.
+    Asking this way makes the kernel fetch the page it was asked for (one page, measured; a longer question
+    would fetch all of it), so the places are random: the traces of earlier questions must not answer later
+    ones.
     """
     byte = bytearray(1)
     for _ in range(_SAMPLED_PAGES):
@@ -66,7 +67,7 @@ def _sampled_fraction(descriptor: int, offset_bytes: int, length_bytes: int) -> 
 
 
 def drop_from_page_cache(path: Path) -> None:
-    """Write back what is dirty of a file and drop it from the page cache, so that the next read comes from the disk."""
+    """Write back what is dirty of a file and drop it from the page cache: the next read is from disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
 """What is to be read, in which order and how far ahead: values only, no file is touched here.
 
-A `ReadOp` is a byte range of one file; a `Unit` is what is streamed as one (a decoder block: normally one page-aligned
-range of one shard); a `LoadPlan` is the cyclic order of units and the prefetch depth. The memory a plan needs is a
-pure function of it (`LoadPlan.ring_bytes`), because space is handed out in the order of the units by the same
-`first_fit` that the staging pool uses: docs/design/staging-ring.md says why.
+A `ReadOp` is a byte range of one file; a `Unit` is what is streamed as one (a decoder block: normally one
+page-aligned range of one shard); a `LoadPlan` is the cyclic order of units and the prefetch depth. The memory
+a plan needs is a pure function of it (`LoadPlan.ring_bytes`), because space is handed out in the order of the
+units by the same `first_fit` that the staging pool uses: docs/design/staging-ring.md says why.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Unit:
     def op_offsets(self) -> tuple[int, ...]:
         """Where each read starts in the unit's buffer.
 
-        A read keeps its file offset's remainder modulo a page, so that its whole pages can be read directly whatever
-        the range; a range that starts on a page starts on a page of the buffer.
+        A read keeps its file offset's remainder modulo a page, so that its whole pages can be read directly
+        whatever the range; a range that starts on a page starts on a page of the buffer.
         """
         offsets: list[int] = []
         cursor = 0
@@ -135,7 +135,7 @@ class LoadPlan:
 
 
 def _ring_bytes(sizes: Sequence[int], depth: int) -> int:
-    """High-water mark of placing the units in order, each as soon as the unit `depth + 1` before it is released."""
+    """High-water mark of placing the units in order, each when the unit `depth + 1` before it is released."""
     ahead: deque[tuple[int, int]] = deque(maxlen=depth)
     seen: set[tuple[int, tuple[tuple[int, int], ...]]] = set()
     high_water = 0

@@ -1,8 +1,8 @@
 """Reads files with `preadv` in a few threads, around the page cache where that is faster.
 
-One open file is a pair of descriptors: a direct one (O_DIRECT: the disk writes straight into the destination, whole
-pages only) and a buffered one (through the page cache: any range). A read is cut into equal chunks so that its
-threads finish together. Everything that can go wrong with a file is a LoadError that names it.
+One open file is a pair of descriptors: a direct one (O_DIRECT: the disk writes straight into the destination,
+whole pages only) and a buffered one (through the page cache: any range). A read is cut into equal chunks so
+that its threads finish together. Everything that can go wrong with a file is a LoadError that names it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import threading
 import weakref
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -23,7 +24,7 @@ from endor.errors import LoadError, PlanError
 from endor.loaders.latch import Latch
 from endor.loaders.pagecache import cached_fraction
 from endor.loaders.plan import PAGE_BYTES, ReadOp, round_up
-from endor.loaders.reader import ReadReport, Ticket
+from endor.loaders.reader import BusyClock, ReadReport, Ticket
 
 __all__ = ["DirectMode", "PosixReader"]
 
@@ -37,7 +38,7 @@ _O_DIRECT: Final[int] = getattr(os, "O_DIRECT", 0)  # Linux; elsewhere every rea
 
 @dataclass(frozen=True)
 class _Identity:
-    """What says that a file is still the one that was opened. Not its change time: deleting a file changes that."""
+    """What says that a file is still the one that was opened. Not its change time: deleting changes that."""
 
     device: int
     inode: int
@@ -72,15 +73,12 @@ class _OpenFile:
         try:
             self.direct_descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | _O_DIRECT)
         except OSError as error:
-            if error.errno not in (
-                errno.EINVAL,
-                errno.EOPNOTSUPP,
-            ):  # these: a file system without direct reads
-                raise
-            return
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system without direct reads
+                return
+            raise
         if _Identity.of(os.fstat(self.direct_descriptor)) != self.identity:
             raise OSError(errno.ESTALE, "it was replaced at this moment")
-        # The buffered descriptor now serves ragged ends and cached bytes: no read-ahead behind the disk's back.
+        # The buffered descriptor now serves ragged ends and cached bytes: it must not read ahead.
         self._advise(random=True)
 
     def error(self, message: str, cause: OSError | None = None) -> LoadError:
@@ -89,7 +87,7 @@ class _OpenFile:
         return LoadError(f"{self.path}: {message}: {cause.strerror}", errno=cause.errno)
 
     def wants_direct(self, op: ReadOp, address: int) -> bool:
-        """Whether this range should go around the page cache; it can where file and memory share a page grid."""
+        """Whether to go around the page cache; possible where the file and memory share a grid of pages."""
         if self.direct_descriptor is None or (address - op.offset_bytes) % PAGE_BYTES:
             return False
         if self.policy == "auto":
@@ -99,7 +97,7 @@ class _OpenFile:
         return True
 
     def refuse_direct(self) -> None:
-        """The file system opens files for direct reads and then does not do them. The descriptor stays ours to close."""
+        """For a file system that opens files for direct reads and then does not do them."""
         self.policy = False
         self._advise(random=False)
 
@@ -148,8 +146,8 @@ class _OpenFile:
                 raise self._failed(error, offset_bytes + done, len(view) - done) from error
             if not got:
                 raise self.error(
-                    f"the file ends at byte {offset_bytes + done}, expected {offset_bytes + len(view)} or more:"
-                    " it was cut short; restore or convert it again"
+                    f"the file ends at byte {offset_bytes + done}, expected {offset_bytes + len(view)} or"
+                    " more: it was cut short; restore or convert it again"
                 )
             done += got
 
@@ -160,28 +158,31 @@ class _OpenFile:
         if op.end_bytes > self.identity.size_bytes:
             raise self.error(
                 f"the file has {self.identity.size_bytes} bytes, expected at least {op.end_bytes}"
-                f" (a read of {op.length_bytes} at offset {op.offset_bytes}): it was cut short; restore or convert it again"
+                f" (a read of {op.length_bytes} at offset {op.offset_bytes}): it was cut short;"
+                " restore or convert it again"
             )
 
     def check_unchanged(self) -> None:
-        """Raise LoadError unless descriptor and path still mean the file that was opened; a deleted one still serves."""
+        """Raise LoadError unless this is still the file that was opened; a deleted one still serves."""
         try:
             found = _Identity.of(os.fstat(self.buffered_descriptor))
         except OSError as error:
             raise self.error("cannot be checked for changes", error) from error
         if found != self.identity:
             raise self.error(
-                f"the file was modified while it was read: expected {self.identity}, found {found}"
+                f"the file was modified while it was read: expected {self.identity}, found {found};"
+                " load the model again"
             )
         try:
-            found = _Identity.of(os.stat(self.path))
+            found = _Identity.of(self.path.stat())
         except (FileNotFoundError, PermissionError):
             return
         except OSError as error:
             raise self.error("cannot be checked for changes", error) from error
         if found != self.identity:
             raise self.error(
-                f"the file was replaced while it was read: expected {self.identity}, found {found}; load the model again"
+                f"the file was replaced while it was read: expected {self.identity}, found {found};"
+                " load the model again"
             )
 
     def close(self) -> None:
@@ -214,7 +215,7 @@ class _Chunk:
                     )
                 if ticket.is_last_part:
                     self.file.check_unchanged()
-        except BaseException as error:  # a thread's boundary: whatever it is belongs to the one who waits
+        except BaseException as error:  # noqa: BLE001 - a thread's boundary: whatever it is belongs to the one who waits
             failure = error
         ticket.end_part(direct=direct, buffered=buffered, error=failure)
 
@@ -222,8 +223,8 @@ class _Chunk:
 class PosixReader:
     """A `Reader` of local files.
 
-    `direct="auto"` reads around the page cache what is not in it; True always does so where the file system can;
-    False never. `bytes_direct` and `bytes_buffered` in the reports say what really happened.
+    `direct="auto"` reads around the page cache what is not in it; True always does so where the file system
+    can; False never. `bytes_direct` and `bytes_buffered` in the reports say what really happened.
     """
 
     name = "posix"
@@ -244,6 +245,7 @@ class PosixReader:
         self._lock = threading.Lock()
         self._files: dict[Path, _OpenFile] = {}
         self._closing = Latch()
+        self._clock = BusyClock()
         self._chunks: SimpleQueue[_Chunk | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=_serve, args=(self._chunks,), name=f"endor-posix-{number}", daemon=True)
@@ -258,8 +260,8 @@ class PosixReader:
     def submit(self, op: ReadOp, destination: memoryview) -> Ticket:
         if destination.nbytes != op.length_bytes or destination.readonly or destination.itemsize != 1:
             raise PlanError(
-                f"{op.file}: a read of {op.length_bytes} bytes needs as many writable bytes,"
-                f" found {destination.nbytes} of format {destination.format!r}, readonly={destination.readonly}"
+                f"{op.file}: a read of {op.length_bytes} bytes needs as many writable bytes, found"
+                f" {destination.nbytes} of format {destination.format!r}, readonly={destination.readonly}"
             )
         with self._lock:
             if self._closing.is_set:
@@ -270,8 +272,8 @@ class PosixReader:
             file.check_long_enough(op)
             direct = file.wants_direct(op, ctypes.addressof(ctypes.c_char.from_buffer(destination)))
             bounds = _chunk_bounds(op, self._chunk_bytes)
-            ticket = Ticket(op, destination, parts=len(bounds) - 1)
-            for start, end in zip(bounds, bounds[1:], strict=False):
+            ticket = Ticket(op, destination, parts=len(bounds) - 1, clock=self._clock)
+            for start, end in pairwise(bounds):
                 self._chunks.put(_Chunk(ticket, file, start, end, direct, self._closing))
         return ticket
 
@@ -296,7 +298,7 @@ class PosixReader:
 
 
 def _chunk_bounds(op: ReadOp, chunk_bytes: int) -> list[int]:
-    """Where to cut a read: equal parts of at most about `chunk_bytes`, cut on the pages of the file."""
+    """Where to cut a read: equal parts of about `chunk_bytes` at most, cut on the pages of the file."""
     parts = -(-op.length_bytes // chunk_bytes)
     length = round_up(-(-op.length_bytes // parts), PAGE_BYTES)
     first_cut = length - op.offset_bytes % PAGE_BYTES
@@ -315,7 +317,7 @@ def _shut_down(
     threads: list[threading.Thread],
     files: dict[Path, _OpenFile],
 ) -> None:
-    """Let the queue run dry, then end threads and descriptors. Threads first: they read from those descriptors.
+    """Let the queue run dry, then end threads and descriptors; threads first, they use the descriptors.
 
     Every step may be repeated, so that a `close` interrupted by Ctrl-C can be called again.
     """

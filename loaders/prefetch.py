@@ -1,21 +1,19 @@
-"""Reads units ahead of use: while one is computed with, the next `depth` are on their way into the staging ring.
+"""Reads units ahead of use: while one is computed with, the next `depth` are on their way to staging memory.
 
 How it stays correct. The consumer's thread decides everything (which unit, which memory) under one lock; one
-background thread only submits reads, waits for them and runs the `on_read` hook. So a placement never depends on
-timing, and a signal can interrupt the consumer alone: what it leaves half done is thrown away by the next call, after
-a fence through the background thread has made sure that nothing is written any more.
+background thread only submits reads, waits for them and runs the `on_read` hook. So a placement never depends
+on timing, and a signal can interrupt the consumer alone: what it leaves half done is thrown away by the next
+call, after a fence through the background thread has made sure that nothing is written any more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import warnings
-import weakref
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from queue import SimpleQueue
 from time import perf_counter
 from types import TracebackType
 from typing import Self
@@ -23,16 +21,12 @@ from typing import Self
 import torch
 
 from endor.errors import EndorError, LoadError, PlanError
-from endor.loaders.latch import Latch
+from endor.loaders.flight import Flight, FlightCrew, Hold, OnRead
 from endor.loaders.plan import LoadPlan, Unit
-from endor.loaders.reader import Reader, ReadReport, Ticket, drain
-from endor.loaders.staging import StagingBuffer, StagingPool
+from endor.loaders.reader import Reader, ReadReport
+from endor.loaders.staging import StagingPool
 
 __all__ = ["Lease", "OnRead", "PrefetchStats", "Prefetcher"]
-
-OnRead = Callable[[int, memoryview], None]
-"""Called in the background thread with a unit's index and memory after each read of it; what it raises surfaces at
-`acquire`. The memory is `Unit.span_bytes` long, the unit's reads lie at `Unit.op_offsets`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class PrefetchStats:
     stall_s: float = 0.0
     """Time `acquire` waited for bytes."""
     read_s: float = 0.0
-    """Time reads took, summed over the units acquired."""
+    """Time the reader was busy with the units acquired."""
     bytes_direct: int = 0
     bytes_buffered: int = 0
     discarded_units: int = 0
@@ -61,37 +55,21 @@ class PrefetchStats:
         )
 
 
-class _Flight:
-    """One unit on its way into, or in, the staging memory. `done` says that nobody writes to the buffer any more."""
-
-    __slots__ = ("buffer", "cancelled", "done", "error", "index", "leases", "report", "tickets", "unit")
-
-    def __init__(self, index: int, unit: Unit, buffer: StagingBuffer) -> None:
-        self.index = index
-        self.unit = unit
-        self.buffer = buffer
-        self.done = Latch()
-        self.cancelled = False
-        self.error: BaseException | None = None
-        self.report = ReadReport()
-        self.tickets: list[Ticket] = []
-        self.leases: list[Lease] = []
-
-    @property
-    def is_leased(self) -> bool:
-        return any(not lease.released for lease in self.leases)
-
-
 class Lease:
     """A unit's bytes, valid inside its `with` and not after: they become another unit's."""
 
-    def __init__(self, prefetcher: Prefetcher, flight: _Flight) -> None:
+    def __init__(self, prefetcher: Prefetcher, flight: Flight) -> None:
         self._prefetcher = prefetcher
         self._flight = flight
+        self._hold = Hold()
+        flight.holds.append(self._hold)
         self._memory: memoryview | None = None
-        self.released = False
         self.stall_s = 0.0
         self.report = ReadReport()
+
+    @property
+    def released(self) -> bool:
+        return self._hold.released
 
     @property
     def index(self) -> int:
@@ -122,16 +100,11 @@ class Lease:
     def release(self) -> None:
         """Give the bytes up. Idempotent; the next unit's read may start into them at once."""
         if not self.released:
-            self._forget()
+            self._hold.released = True
+            if self._memory is not None:
+                with contextlib.suppress(BufferError):  # something still looks at it
+                    self._memory.release()
             self._prefetcher._after_release()
-
-    def _forget(self) -> None:
-        self.released = True  # one store: whatever interrupts us, the ring has its memory back
-        if self._memory is not None:
-            try:
-                self._memory.release()
-            except BufferError:  # something still looks at it through the buffer protocol
-                self._memory = None
 
     def _check_live(self) -> None:
         if self.released:
@@ -149,7 +122,7 @@ class Lease:
     def __del__(self) -> None:
         # No lock here: the collector may run us while this very thread holds it.
         if not self.released:
-            self.released = True
+            self._hold.released = True
             warnings.warn(
                 f"lease of unit {self.unit.name!r} was never released", ResourceWarning, stacklevel=2
             )
@@ -158,8 +131,8 @@ class Lease:
 class Prefetcher:
     """Runs a `LoadPlan`: `acquire(i)` lends unit `i`, and the units after it, cyclically, are read meanwhile.
 
-    The reader stays its owner's to close. A pool that is passed in must be lent to nobody else, and is closed with the
-    prefetcher, like the one made here (of `plan.ring_bytes`) when none is passed.
+    The reader stays its owner's to close. A pool that is passed in must be lent to nobody else, and is closed
+    with the prefetcher, like the one made here (of `plan.ring_bytes`) when none is passed.
     """
 
     def __init__(
@@ -177,29 +150,22 @@ class Prefetcher:
                 f" {pool.capacity_bytes}; {plan.ring_bytes} are needed for prefetch depth {plan.depth}"
             )
         self.plan = plan
-        self._reader = reader
         self._pool = StagingPool(plan.ring_bytes) if pool is None else pool
         self._lock = threading.Lock()
-        self._ahead: deque[_Flight] = deque()
-        self._held: list[_Flight] = []
+        self._ahead: deque[Flight] = deque()
+        self._held: list[Flight] = []
         self._next = 0
         self._interrupted = False
         self._closed = False
         self._stats = PrefetchStats()
         self._process = os.getpid()
-        self._tasks: SimpleQueue[_Flight | Latch | None] = SimpleQueue()
-        self._thread = threading.Thread(
-            target=_work, args=(self._tasks, reader, on_read), name="endor-prefetch", daemon=True
-        )
-        # Also when the owner forgets `close`: at collection or exit, the thread still goes.
-        self._finalizer = weakref.finalize(self, _shut_down, self._tasks, self._thread)
-        self._thread.start()
+        self._crew = FlightCrew(reader, on_read)
 
     def acquire(self, index: int) -> Lease:
         """Lend unit `index`, waiting until its bytes are there.
 
-        Any order works; the plan's is the fast one. Raises LoadError (or what `on_read` raised) when its read failed, and
-        asking again tries again; PlanError when the leases that are held leave no room for it.
+        Any order works; the plan's is the fast one. Raises LoadError (or what `on_read` raised) when its read
+        failed, and asking again tries again; PlanError when the leases that are held leave no room for it.
         """
         if not 0 <= index < len(self.plan.units):
             raise PlanError(f"there is no unit {index}: the plan has {len(self.plan.units)}")
@@ -229,16 +195,20 @@ class Prefetcher:
         return self._pool.capacity_bytes
 
     def close(self) -> None:
-        """End reads and thread, free the memory. Idempotent. Leases still held become invalid, with a ResourceWarning."""
+        """End reads and thread, free the memory. Idempotent. Leases still held become invalid and warn.
+
+        In a process forked from the one that made it there is nothing to end.
+        """
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self._closed = True
             leaked = [flight.unit.name for flight in self._held if flight.is_leased]
             for flight in (*self._ahead, *self._held):
-                self._cancel(flight)
-                for lease in flight.leases:
-                    lease._forget()
-            _shut_down(self._tasks, self._thread)
-            self._finalizer.detach()
+                self._crew.cancel(flight)
+                for hold in flight.holds:
+                    hold.released = True
+            self._crew.close()
             self._ahead.clear()
             self._held.clear()
             self._pool.close()
@@ -257,7 +227,7 @@ class Prefetcher:
     ) -> None:
         self.close()
 
-    # ── bookkeeping: all of it under the lock ─────────────────────────────────────────────────────────────────────
+    # Bookkeeping: all of what follows happens under the lock.
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -277,12 +247,11 @@ class Prefetcher:
             flight = self._next_flight(index)
             self._held.append(flight)
         lease = Lease(self, flight)
-        flight.leases.append(lease)
         self._fill()
         self._interrupted = False
         return lease
 
-    def _next_flight(self, index: int) -> _Flight:
+    def _next_flight(self, index: int) -> Flight:
         """The flight of `index`: one that is ahead, or a new one; what lies before it is given up."""
         ahead = [flight.index for flight in self._ahead]
         self._discard(ahead.index(index) if index in ahead else len(ahead))
@@ -294,22 +263,22 @@ class Prefetcher:
             raise self._no_room(self.plan.units[index])
         return flight
 
-    def _launch_after_zombies(self, index: int) -> _Flight | None:
+    def _launch_after_zombies(self, index: int) -> Flight | None:
         """Reads whose `acquire` was interrupted hold memory until they are done: end them and try again."""
         for flight in self._held:
             if not flight.is_leased:
-                self._cancel(flight)
-        self._fence()
+                self._crew.cancel(flight)
+        self._crew.fence()
         self._collect()
         return self._launch(index)
 
-    def _launch(self, index: int) -> _Flight | None:
+    def _launch(self, index: int) -> Flight | None:
         unit = self.plan.units[index]
         buffer = self._pool.try_allocate(unit.span_bytes)
         if buffer is None:
             return None
-        flight = _Flight(index, unit, buffer)
-        self._tasks.put(flight)
+        flight = Flight(index, unit, buffer)
+        self._crew.launch(flight)
         self._next = (index + 1) % len(self.plan.units)
         return flight
 
@@ -336,30 +305,21 @@ class Prefetcher:
             for flight in dropped:
                 flight.buffer.release()
 
-    def _abandon(self, flights: list[_Flight]) -> None:
+    def _abandon(self, flights: list[Flight]) -> None:
         for flight in flights:
-            self._cancel(flight)
-        self._fence()
+            self._crew.cancel(flight)
+        for flight in flights:
+            flight.done.wait()
         self._stats = _plus(
             self._stats,
             discarded_units=len(flights),
             discarded_bytes=sum(flight.report.bytes_read for flight in flights),
         )
 
-    def _cancel(self, flight: _Flight) -> None:
-        flight.cancelled = True
-        for ticket in tuple(flight.tickets):
-            self._reader.cancel(ticket)
-
-    def _fence(self) -> None:
-        """Return when the background thread has finished everything that was given to it before."""
-        fence = Latch()
-        self._tasks.put(fence)
-        fence.wait()
-
     def _reset(self) -> None:
         """After an interrupted call: keep what is leased, forget everything else."""
         self._abandon(list(self._ahead))
+        self._crew.fence()  # also what was launched and not yet noted
         self._ahead.clear()
         self._held = [flight for flight in self._held if flight.is_leased]
         self._pool.reclaim(keep=[flight.buffer for flight in self._held])
@@ -375,7 +335,7 @@ class Prefetcher:
 
     def _account(self, lease: Lease, stall_s: float) -> None:
         report = lease._flight.report
-        first = lease._flight.leases[0] is lease
+        first = lease._flight.holds[0] is lease._hold
         lease.stall_s = stall_s
         lease.report = report if first else ReadReport()  # a second lease of the same bytes read nothing
         with self._lock:
@@ -392,7 +352,8 @@ class Prefetcher:
         held = ", ".join(f"{flight.unit.name!r} ({flight.unit.span_bytes} bytes)" for flight in self._held)
         return PlanError(
             f"unit {unit.name!r} needs {unit.span_bytes} bytes of staging memory, the ring has"
-            f" {self._pool.capacity_bytes} and these units are leased: {held}; release one first or use a larger depth"
+            f" {self._pool.capacity_bytes} and these units are leased: {held}; release one first or"
+            " use a larger depth"
         )
 
 
@@ -411,59 +372,3 @@ def _named(error: BaseException, unit: Unit) -> BaseException:
     if isinstance(error, EndorError):
         error.add_note(f"while unit {unit.name!r} was read ahead")
     return error
-
-
-# ── the background thread ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _work(tasks: SimpleQueue[_Flight | Latch | None], reader: Reader, on_read: OnRead | None) -> None:
-    """Finish tasks in order. Every read that is known is submitted before the oldest is waited for: no idle reader."""
-    started: deque[_Flight | Latch | None] = deque()
-    while True:
-        while not started or not tasks.empty():
-            task = tasks.get()
-            if isinstance(task, _Flight):
-                _submit(task, reader)
-            started.append(task)
-        oldest = started.popleft()
-        if oldest is None:
-            return
-        if isinstance(oldest, Latch):
-            oldest.set()
-        else:
-            _finish(oldest, reader, on_read)
-
-
-def _submit(flight: _Flight, reader: Reader) -> None:
-    memory = flight.buffer.memory
-    try:
-        for op, start in zip(flight.unit.ops, flight.unit.op_offsets, strict=True):
-            if flight.cancelled:
-                break
-            flight.tickets.append(reader.submit(op, memory[start : start + op.length_bytes]))
-    except BaseException as error:  # a thread's boundary: it is raised again where the unit is acquired
-        flight.error = error
-        flight.cancelled = True
-    if flight.cancelled:  # also when that happened while we submitted
-        for ticket in flight.tickets:
-            reader.cancel(ticket)
-
-
-def _finish(flight: _Flight, reader: Reader, on_read: OnRead | None) -> None:
-    try:
-        for ticket in flight.tickets:
-            flight.report += reader.wait(ticket)
-        if on_read is not None and not flight.cancelled:
-            on_read(flight.index, flight.buffer.memory[: flight.unit.span_bytes])
-    except BaseException as error:  # a thread's boundary, as above
-        flight.error = flight.error or error
-        drain(reader, flight.tickets)
-    flight.tickets.clear()
-    flight.done.set()
-
-
-def _shut_down(tasks: SimpleQueue[_Flight | Latch | None], thread: threading.Thread) -> None:
-    """Repeatable, so that a `close` interrupted by Ctrl-C can be called again."""
-    tasks.put(None)
-    if thread is not threading.current_thread():  # the collector may run us anywhere
-        thread.join()

@@ -1,8 +1,8 @@
-"""The contract of a reader: something that moves byte ranges of files into memory while its caller does other work.
+"""The contract of a reader: what moves byte ranges of files into memory while its caller does other work.
 
-Ownership. From `submit` until `wait` returns or raises, the reader may write to the destination: the caller keeps it
-alive and does not use it. Once `wait` has returned, or raised, the reader never touches it again. `close` ends every
-read in flight in that sense, so a destination may be freed after it.
+Ownership. From `submit` until `wait` returns or raises, the reader may write to the destination: the caller
+keeps it alive and does not use it. Once `wait` has returned, or raised, the reader never touches it again.
+`close` ends every read in flight in that sense, so a destination may be freed after it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from endor.errors import LoadError
 from endor.loaders.latch import Latch
 from endor.loaders.plan import ReadOp, Unit
 
-__all__ = ["ReadReport", "Reader", "Ticket", "read_unit"]
+__all__ = ["BusyClock", "ReadReport", "Reader", "Ticket", "read_unit"]
 
 
 @dataclass(frozen=True)
 class ReadReport:
-    """What one read, or several, took: bytes by the path that really served them, and seconds from first to last."""
+    """What one read or several took: bytes by the path that really served them, and time.
+
+    Time in which two reads were in flight counts once, so that the sum over a reader's tickets is the time in
+    which it was busy.
+    """
 
     read_s: float = 0.0
     bytes_direct: int = 0
@@ -41,13 +45,26 @@ class ReadReport:
         )
 
 
+class BusyClock:
+    """Splits the time in which a reader is busy among its reads, which end nearly in the order they began."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counted_until_s = 0.0
+
+    def count(self, began_s: float) -> float:
+        """Seconds of a read that began at `began_s` and ends now, without what is counted already."""
+        with self._lock:
+            now_s = perf_counter()
+            taken_s = now_s - max(began_s, self._counted_until_s)
+            self._counted_until_s = now_s
+            return taken_s
+
+
 class Ticket:
-    """One submitted read, finished when all its parts are: readers report parts, callers use `Reader.wait`."""
+    """A submitted read, finished when all its parts are: readers report parts, callers use `Reader.wait`."""
 
-    __slots__ = ("_began_s", "_bytes_buffered", "_bytes_direct", "_done", "_ended_s", "_error", "_left", "_lock",
-                 "destination", "op", "stopped")  # fmt: skip
-
-    def __init__(self, op: ReadOp, destination: memoryview, *, parts: int) -> None:
+    def __init__(self, op: ReadOp, destination: memoryview, *, parts: int, clock: BusyClock) -> None:
         self.op = op
         self.destination = destination
         self.stopped = False
@@ -55,8 +72,9 @@ class Ticket:
         self._lock = threading.Lock()
         self._done = Latch()
         self._error: BaseException | None = None
+        self._clock = clock
         self._began_s = 0.0
-        self._ended_s = 0.0
+        self._read_s = 0.0
         self._bytes_direct = 0
         self._bytes_buffered = 0
 
@@ -84,7 +102,7 @@ class Ticket:
             self._left -= 1
             last = self._left == 0
         if last:
-            self._ended_s = perf_counter()
+            self._read_s = self._clock.count(self._began_s)
             self._done.set()
 
     @property
@@ -98,7 +116,7 @@ class Ticket:
         self._done.wait()
         if self._error is not None:
             raise self._error
-        return ReadReport(self._ended_s - self._began_s, self._bytes_direct, self._bytes_buffered)
+        return ReadReport(self._read_s, self._bytes_direct, self._bytes_buffered)
 
 
 class Reader(Protocol):
@@ -125,7 +143,7 @@ class Reader(Protocol):
         ...
 
     def close(self) -> None:
-        """End all reads, threads and descriptors. Idempotent. Unfinished tickets raise LoadError from `wait`."""
+        """End all reads, threads and descriptors. Idempotent. Tickets left unfinished raise from `wait`."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -136,7 +154,7 @@ class Reader(Protocol):
 
 
 def read_unit(reader: Reader, unit: Unit, memory: memoryview) -> ReadReport:
-    """Read one unit now, its reads at their `Unit.op_offsets` in `memory`; for what is loaded once and kept."""
+    """Read one unit now, its reads at their `Unit.op_offsets` in `memory`: for what is loaded to stay."""
     tickets: list[Ticket] = []
     try:
         for op, start in zip(unit.ops, unit.op_offsets, strict=True):

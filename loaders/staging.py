@@ -1,7 +1,8 @@
 """Staging memory: one anonymous arena, allocated and touched once, from which page-aligned buffers are lent.
 
-Direct reads into 4 KiB pages lose a third of the disk's bandwidth, and the first touch of fresh memory is slower than
-the disk. So the arena is aligned to 2 MiB, asks for huge pages, is faulted in once and reused for the whole run.
+Direct reads into 4 KiB pages lose a third of the disk's bandwidth, and the first touch of fresh memory is
+slower than the disk. So the arena is aligned to 2 MiB, asks for huge pages, is faulted in once and reused for
+the whole run.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _MADV_POPULATE_WRITE: Final = 23  # not in Python's mmap module; Linux >= 5.14
 
 
 class StagingBuffer:
-    """A page-aligned range of the arena, its borrower's until `release`. Using it after that raises ValueError."""
+    """A page-aligned range of the arena, its borrower's until `release`; after that it raises ValueError."""
 
     __slots__ = ("_pool", "length_bytes", "offset_bytes", "released")
 
@@ -48,12 +49,13 @@ class StagingBuffer:
         length = self.length_bytes - offset_bytes if length_bytes is None else length_bytes
         if offset_bytes < 0 or length < 0 or offset_bytes + length > self.length_bytes:
             raise ValueError(
-                f"range [{offset_bytes}, {offset_bytes + length}) is outside a staging buffer of {self.length_bytes} bytes"
+                f"range [{offset_bytes}, {offset_bytes + length}) is outside a staging buffer of"
+                f" {self.length_bytes} bytes"
             )
         return self._pool._tensor.narrow(0, self.offset_bytes + offset_bytes, length)
 
     def release(self) -> None:
-        """Give the range back. Exactly once matters to its next borrower, so a second call changes nothing."""
+        """Give the range back. A second call changes nothing."""
         self.released = True
 
     def __enter__(self) -> Self:
@@ -91,7 +93,7 @@ class StagingPool:
         return sum(buffer.length_bytes for buffer in self._lent if not buffer.released)
 
     def try_allocate(self, length_bytes: int) -> StagingBuffer | None:
-        """A buffer of `length_bytes` rounded up to whole pages, or None where no free range is long enough."""
+        """A buffer of `length_bytes` rounded up to whole pages, or None if no free range is long enough."""
         if self.closed:
             raise ValueError("the staging pool is closed")
         if length_bytes <= 0:
@@ -111,13 +113,14 @@ class StagingPool:
         buffer = self.try_allocate(length_bytes)
         if buffer is None:
             raise PlanError(
-                f"{length_bytes} bytes of staging memory are needed in one piece: the pool has {self.capacity_bytes},"
-                f" of which {self.lent_bytes} are lent; release buffers first or make the pool larger"
+                f"{length_bytes} bytes of staging memory are needed in one piece: the pool has"
+                f" {self.capacity_bytes}, of which {self.lent_bytes} are lent; release buffers first or make"
+                " the pool larger"
             )
         return buffer
 
     def reclaim(self, *, keep: list[StagingBuffer]) -> None:
-        """Take back every buffer but those in `keep`; only for an owner who knows that nothing writes to them."""
+        """Take back all buffers but those in `keep`; for an owner who knows that nothing writes to them."""
         for buffer in self._lent:
             buffer.released = buffer not in keep
         self._lent = list(keep)
