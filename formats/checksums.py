@@ -1,4 +1,5 @@
-"""Section checksums: xxh3-64 with seed 0, fast enough (tens of GB/s) to check every section on its first read."""
+"""Section checksums: xxh3-64 with seed 0, fast enough (tens of GB/s) to check every section on its first "
+"read."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import torch
 import xxhash
 
 from endor.errors import ChecksumError
-from endor.formats.header import Block, Section, TensorEntry
+from endor.formats.entries import Block, Section, TensorEntry
 
 __all__ = ["checksum", "tensor_bytes", "verify_block", "verify_section"]
 
@@ -23,13 +24,16 @@ def checksum(data: memoryview | bytes) -> int:
 
 
 def verify_section(entry: TensorEntry, section: Section, data: memoryview, *, file: str) -> None:
-    """Compare `data` with the checksum in the header. Raises ChecksumError that names file, entry and section."""
+    """Compare `data` with the checksum in the header. Raises ChecksumError that names file, entry and "
+    "section."""
     found = checksum(data)
     if found != section.checksum:
         raise ChecksumError(
-            f"{file}: entry {entry.name!r}, section {section.name} (payload bytes {section.begin} to {section.end}): "
-            f"expected checksum {section.checksum:016x}, found {found:016x}. The file is damaged: copy it again or "
-            "convert the model again"
+            f"{file}: entry {entry.name!r}, section {section.name} (payload bytes {section.begin} to "
+            f"{section.end}): "
+            f"expected checksum {section.checksum:016x}, found {found:016x}. The file is damaged: copy it "
+            "again or "
+            "convert the model again [F16]"
         )
 
 

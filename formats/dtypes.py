@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from endor.errors import FormatError
+from endor.formats.strict_json import short
 
 __all__ = ["DTYPES", "PACKABLE", "dtype_name", "itemsize", "parse_dtype"]
 
@@ -42,7 +43,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def parse_dtype(name: object, *, where: str) -> torch.dtype:
     """The torch dtype a file's name stands for. Raises FormatError that says `where` the name was found."""
     if not isinstance(name, str) or name not in DTYPES:
-        raise FormatError(f"{where}: unknown dtype {name!r}; expected one of {', '.join(DTYPES)}")
+        raise FormatError(f"{where}: unknown dtype {short(name)}; expected one of {', '.join(DTYPES)} [F4]")
     return DTYPES[name]
 
 

@@ -1,8 +1,9 @@
 """The header of one shard: parsed from bytes that may lie, or built for bytes that are about to be written.
 
-A `Header` that exists is valid: every tensor of the file belongs to exactly one entry or is padding, the tensors
-tile the file, blocks tile it on 4096-byte boundaries, and every section has the size its entry's layout demands.
-The rules are numbered in docs/format.md; a FormatError starts with the file and ends with the rule, as in [F5].
+A `Header` that exists is valid: every tensor of the file belongs to exactly one entry or is padding, the
+tensors tile the file, blocks tile it on 4096-byte boundaries, and every section has the size its entry's
+layout demands. The rules are numbered in docs/format.md; a FormatError starts with the file and ends with the
+rule, as in [F5].
 """
 
 from __future__ import annotations
@@ -32,7 +33,16 @@ from endor.formats.layout import (
 from endor.formats.packed import TensorLayout
 from endor.formats.strict_json import integer, integers, load_object, mapping, short, strings
 
-__all__ = ["Block", "Header", "Section", "TensorEntry", "check_version", "header_json", "parse_header", "read_header"]
+__all__ = [
+    "Block",
+    "Header",
+    "Section",
+    "TensorEntry",
+    "check_version",
+    "header_json",
+    "parse_header",
+    "read_header",
+]
 
 _ENTRY_KEYS = {"name", "shape", "dtype", "mask", "codec", "nnz", "params", "aliases", "checksums"}
 _BLOCK_KEYS = {"name", "begin", "end", "entries"}
@@ -63,7 +73,9 @@ def parse_header(data: bytes, *, file_bytes: int, file: str) -> Header:
     try:
         expected = PREFIX_BYTES + _header_length(data[:PREFIX_BYTES], file_bytes)
         if len(data) != expected:
-            raise FormatError(f"expected {expected} bytes of header, found {len(data)}; the file is truncated [F1]")
+            raise FormatError(
+                f"expected {expected} bytes of header, found {len(data)}; the file is truncated [F1]"
+            )
         return _parse(data, file_bytes)
     except FormatError as error:
         raise FormatError(f"{file}: {error}") from None
@@ -100,13 +112,16 @@ def _length_in(path: Path, prefix: bytes, file_bytes: int) -> int:
 def _header_length(prefix: bytes, file_bytes: int) -> int:
     """Length of the JSON header that the first 8 bytes announce. Raises FormatError for an impossible one."""
     if len(prefix) < PREFIX_BYTES:
-        raise FormatError(f"{file_bytes} bytes are too few for a safetensors file; the file is truncated [F1]")
+        raise FormatError(
+            f"{file_bytes} bytes are too few for a safetensors file; the file is truncated [F1]"
+        )
     length = int.from_bytes(prefix, "little")
     if length > HEADER_LIMIT_BYTES:
         raise FormatError(f"a header of {length} bytes is above the limit of {HEADER_LIMIT_BYTES} [F1]")
     if PREFIX_BYTES + length > file_bytes:
         raise FormatError(
-            f"the header ends at byte {PREFIX_BYTES + length} but the file has {file_bytes}; it is truncated [F1]"
+            f"the header ends at byte {PREFIX_BYTES + length} but the file has {file_bytes}; it is truncated "
+            "[F1]"
         )
     return length
 
@@ -149,7 +164,8 @@ def check_version(version: object, *, where: str) -> None:
     """Raises FormatError unless `version` is the one this Endor reads."""
     if type(version) is not int or version != FORMAT_VERSION:
         raise FormatError(
-            f"{where}: format_version {short(version)} is unknown; this Endor reads version {FORMAT_VERSION}. "
+            f"{where}: format_version {short(version)} is unknown; this Endor reads version "
+            f"{FORMAT_VERSION}. "
             "A newer Endor may have written it: upgrade to read it [F8]"
         )
 
@@ -168,7 +184,8 @@ def _span(name: str, row: object) -> _Span:
         nbytes *= size
     if offsets[1] - offsets[0] != nbytes:
         raise FormatError(
-            f"{where}: {row['dtype']} {list(shape)} needs {nbytes} bytes, data_offsets are {list(offsets)} [F4]"
+            f"{where}: {row['dtype']} {list(shape)} needs {nbytes} bytes, data_offsets are {list(offsets)} "
+            "[F4]"
         )
     return _Span(dtype, shape, *offsets)
 
@@ -178,15 +195,23 @@ def _check_tiling(spans: Mapping[str, _Span]) -> int:
     position = 0
     for name, span in sorted(spans.items(), key=lambda item: (item[1].begin, item[1].end)):
         if span.begin != position:
-            what = "overlaps the tensor before it" if span.begin < position else "leaves a hole behind the one before it"
-            raise FormatError(f"tensor {short(name)} starts at {span.begin} and {what}, which ends at {position} [F5]")
+            what = (
+                "overlaps the tensor before it"
+                if span.begin < position
+                else "leaves a hole behind the one before it"
+            )
+            raise FormatError(
+                f"tensor {short(name)} starts at {span.begin} and {what}, which ends at {position} [F5]"
+            )
         position = span.end
     return position
 
 
 def _check_padding(name: str, span: _Span) -> None:
     if not name.startswith(PADDING_PREFIX):
-        raise FormatError(f"tensor {short(name)} belongs to no entry and is not called {PADDING_PREFIX}N [F15]")
+        raise FormatError(
+            f"tensor {short(name)} belongs to no entry and is not called {PADDING_PREFIX}N [F15]"
+        )
     if span.dtype != torch.uint8 or len(span.shape) != 1:
         raise FormatError(
             f"padding {short(name)}: expected U8 [n], found {dtype_name(span.dtype)} {list(span.shape)} [F15]"
@@ -199,7 +224,9 @@ def _parse_block(raw: object, spans: dict[str, _Span], number: int) -> Block:
         raise FormatError(f"block {number}: name must be a string and entries a list [F9]")
     where = f"block {short(raw['name'])}"
     begin, end = (integer(raw[key], where=f"{where}: {key}") for key in ("begin", "end"))
-    return Block(raw["name"], begin, end, tuple(_parse_entry(entry, spans, where) for entry in raw["entries"]))
+    return Block(
+        raw["name"], begin, end, tuple(_parse_entry(entry, spans, where) for entry in raw["entries"])
+    )
 
 
 def _parse_entry(raw: object, spans: dict[str, _Span], block: str) -> TensorEntry:
@@ -223,13 +250,13 @@ def _parse_layout(raw: Mapping[str, Any], where: str) -> TensorLayout:
         raise FormatError(f"{where}: params must be an object, found {short(params)} [F10]")
     for key, value in params.items():
         integer(value, where=f"{where}: params[{short(key)}]")
-    parts = {
-        "shape": integers(raw["shape"], where=f"{where}: shape"),
-        "dtype": parse_dtype(raw["dtype"], where=where),
-        "nnz": integer(raw["nnz"], where=f"{where}: nnz"),
-    }
+    if not isinstance(raw["mask"], str) or not isinstance(raw["codec"], str):
+        raise FormatError(f"{where}: mask and codec must be strings [F10]")
+    shape = integers(raw["shape"], where=f"{where}: shape")
+    dtype = parse_dtype(raw["dtype"], where=where)
+    nnz = integer(raw["nnz"], where=f"{where}: nnz")
     try:
-        return TensorLayout(mask=raw["mask"], codec=raw["codec"], params=MappingProxyType(params), **parts)
+        return TensorLayout(shape, dtype, raw["mask"], raw["codec"], nnz, MappingProxyType(params))
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
 
@@ -262,7 +289,9 @@ def _claim_sections(
 
 def _parse_checksum(value: object, *, where: str) -> int:
     if not isinstance(value, str) or len(value) != 16 or not _HEX.issuperset(value):
-        raise FormatError(f"{where}: a checksum has 16 lower-case hexadecimal digits, found {short(value)} [F13]")
+        raise FormatError(
+            f"{where}: a checksum has 16 lower-case hexadecimal digits, found {short(value)} [F13]"
+        )
     return int(value, 16)
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "MAX_RANK",
     "METADATA_KEY",
     "PADDING_PREFIX",
+    "PREFIX_BYTES",
     "ROW_BLOCK_ELEMENTS",
     "SECTION_ALIGNMENT_BYTES",
     "WORD_BITS",
@@ -33,6 +34,8 @@ METADATA_KEY = "endor"
 """Key of the safetensors `__metadata__` map that holds Endor's part of the header."""
 PADDING_PREFIX = "endor.padding."
 """Names of the filler tensors that keep the file free of holes."""
+PREFIX_BYTES = 8
+"""A safetensors file starts with the length of its header, little-endian."""
 HEADER_LIMIT_BYTES = 100_000_000
 """The safetensors library refuses longer headers."""
 BLOCK_ALIGNMENT_BYTES = 4096
@@ -42,7 +45,8 @@ SECTION_ALIGNMENT_BYTES = 64
 WORD_BITS = 64
 """Bitmap rows are padded to whole words of this many bits."""
 ROW_BLOCK_ELEMENTS = 4096
-"""A row offset is stored for every run of rows that holds at least this many elements: 32 / 4096 < 0.01 b/w."""
+"""A row offset is stored for every run of rows that holds at least this many elements: 32 / 4096 < 0.01 "
+"b/w."""
 MAX_INTEGER = 2**62
 """No integer of a header is larger, so that sums and differences of two fit 64 signed bits."""
 MAX_ELEMENTS = 2**59
@@ -62,7 +66,8 @@ class Geometry:
     Attributes:
         rows: product of all sizes but the last.
         cols: the last size.
-        matrix_rows: rows of one matrix in a stack of them (an expert in a 3-D parameter); 0 where there is no stack.
+        matrix_rows: rows of one matrix in a stack of them (an expert in a 3-D parameter); 0 where there is no
+        stack.
     """
 
     rows: int
@@ -71,7 +76,8 @@ class Geometry:
 
     @classmethod
     def of(cls, shape: tuple[int, ...]) -> Geometry:
-        """Geometry of `shape`; a vector is one row. Raises FormatError for a scalar or an impossible shape."""
+        """Geometry of `shape`; a vector is one row. Raises FormatError for a scalar or an impossible "
+        "shape."""
         if not shape:
             raise FormatError("a scalar has no rows and cannot be packed; store it dense")
         check_shape(shape)
@@ -93,8 +99,8 @@ class Geometry:
     def row_block(self) -> int:
         """Rows that share one row offset, a power of two.
 
-        The smallest that covers ROW_BLOCK_ELEMENTS elements, but never one that straddles two matrices of a stack: any
-        run of experts is then a run of whole row blocks.
+        The smallest that covers ROW_BLOCK_ELEMENTS elements, but never one that straddles two matrices of a
+        stack: any run of experts is then a run of whole row blocks.
         """
         if self.cols == 0:
             return _power_of_two_from(self.rows)  # one row block: without elements there is nothing to divide
@@ -106,13 +112,15 @@ class Geometry:
         return -(-self.rows // self.row_block)
 
 
-def check_shape(shape: tuple[int, ...]) -> None:
+def check_shape(shape: tuple[int, ...], *, where: str = "tensor") -> None:
     """Raises FormatError for a shape whose strides, element count or rank no reader could hold."""
     if len(shape) > MAX_RANK:
-        raise FormatError(f"a shape of {len(shape)} dimensions; at most {MAX_RANK} are possible")
+        raise FormatError(f"{where} has {len(shape)} dimensions; at most {MAX_RANK} are possible [F4]")
     # A size of zero must not hide an overflow of the others: strides are products of them.
     if any(n < 0 for n in shape) or math.prod(max(n, 1) for n in shape) > MAX_ELEMENTS:
-        raise FormatError(f"shape {list(shape)} is negative or its product overflows {MAX_ELEMENTS}")
+        raise FormatError(
+            f"{where}: shape {list(shape)} is negative or overflows {MAX_ELEMENTS} elements [F4]"
+        )
 
 
 def _power_of_two_from(n: int) -> int:

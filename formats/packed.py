@@ -1,4 +1,5 @@
-"""A packed tensor in memory: what it stands for (`TensorLayout`) and the sections that hold it (`PackedTensor`)."""
+"""A packed tensor in memory: what it stands for (`TensorLayout`) and the sections that hold it "
+"(`PackedTensor`)."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from endor.errors import FormatError
 from endor.formats.codecs import Codec, Params, SectionSpec, ValuesContext, codec_named
 from endor.formats.dtypes import dtype_name
-from endor.formats.layout import Geometry
+from endor.formats.layout import WORD_BITS, Geometry, check_shape
+from endor.formats.strict_json import short
 
 __all__ = ["DENSE_SECTION", "MASKS", "PackedTensor", "TensorLayout", "check_mask"]
 
@@ -42,17 +45,24 @@ class TensorLayout:
     mask: str
     codec: str
     nnz: int
-    params: Params = field(default_factory=lambda: MappingProxyType({}))
+    params: Params = field(default_factory=lambda: MappingProxyType({}), hash=False)
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
-            raise FormatError(f"unknown mask {self.mask!r}; expected one of {', '.join(MASKS)}")
+            raise FormatError(f"unknown mask {short(self.mask)}; expected one of {', '.join(MASKS)} [F11]")
+        check_shape(self.shape)
         if not self._codec.supports(self.dtype, self.mask):
-            raise FormatError(f"codec {self.codec} with mask {self.mask} cannot hold {dtype_name(self.dtype)}")
+            raise FormatError(
+                f"codec {self.codec} with mask {self.mask} cannot hold {dtype_name(self.dtype)} [F11]"
+            )
+        if not self.shape and not self.is_plain:
+            raise FormatError("a scalar has no rows: it can only be stored dense and raw [F11]")
         numel = self.geometry.numel
         if not 0 <= self.nnz <= numel or (self.mask == "dense" and self.nnz != numel):
-            raise FormatError(f"nnz {self.nnz} does not fit shape {list(self.shape)} under mask {self.mask}")
-        _ = self.sections
+            raise FormatError(
+                f"nnz {self.nnz} does not fit shape {list(self.shape)} under mask {self.mask} [F11]"
+            )
+        _ = self.sections  # raises for params the codec cannot have
 
     @property
     def _codec(self) -> Codec:
@@ -116,7 +126,8 @@ def offsets_dtype(nnz: int) -> torch.dtype:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A layout and the tensors of its sections, checked against each other when constructed (sizes, not contents)."""
+    """A layout and the tensors of its sections, checked against each other when constructed (sizes, not "
+    "contents)."""
 
     layout: TensorLayout
     sections: Mapping[str, torch.Tensor] = field(repr=False)
@@ -167,18 +178,27 @@ def check_mask(layout: TensorLayout, bitmap: torch.Tensor, row_offsets: torch.Te
     g = layout.geometry
     offsets = row_offsets.numpy().astype(np.int64)
     if offsets[0] != 0 or offsets[-1] != layout.nnz:
-        raise FormatError(f"row_offsets must run from 0 to nnz {layout.nnz}, found {offsets[0]} to {offsets[-1]}")
-    if np.any(np.diff(offsets) < 0):
-        raise FormatError(f"row_offsets decrease at row block {int(np.argmax(np.diff(offsets) < 0))}")
-    words = bitmap.numpy().view(np.uint64)
-    tail_bits = g.cols % 64
-    if tail_bits and g.rows and np.any(words[:, -1] >> np.uint64(tail_bits)):
-        raise FormatError(f"bitmap has bits beyond column {g.cols}")
+        raise FormatError(
+            f"row_offsets must run from 0 to nnz {layout.nnz}, found {offsets[0]} to {offsets[-1]} [F18]"
+        )
+    decrease = np.flatnonzero(offsets[1:] < offsets[:-1])  # not np.diff: hostile offsets overflow it
+    if decrease.size:
+        raise FormatError(f"row_offsets decrease at row block {int(decrease[0])} [F18]")
+    if g.numel:
+        _check_bits(g, bitmap.numpy().view(np.uint64), np.diff(offsets))
+
+
+def _check_bits(g: Geometry, words: npt.NDArray[np.uint64], per_block: npt.NDArray[np.int64]) -> None:
+    tail_bits = g.cols % WORD_BITS
+    if tail_bits:
+        ragged = np.flatnonzero(words[:, -1] >> np.uint64(tail_bits))
+        if ragged.size:
+            raise FormatError(f"bitmap row {int(ragged[0])} has bits set beyond column {g.cols} [F17]")
     per_row = np.bitwise_count(words).sum(axis=1, dtype=np.int64)
-    per_block = np.add.reduceat(per_row, np.arange(0, g.rows, g.row_block)) if g.rows else np.zeros(0, np.int64)
-    wrong = np.flatnonzero(per_block != np.diff(offsets))
+    found = np.add.reduceat(per_row, np.arange(0, g.rows, g.row_block))
+    wrong = np.flatnonzero(found != per_block)
     if wrong.size:
         i = int(wrong[0])
         raise FormatError(
-            f"row block {i} has {int(per_block[i])} bits set but row_offsets say {int(np.diff(offsets)[i])}"
+            f"row block {i} has {int(found[i])} bits set but row_offsets say {int(per_block[i])} [F18]"
         )

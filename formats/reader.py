@@ -1,31 +1,39 @@
-"""Reads an Endor checkpoint: opens and checks every header at once, then reads entries or gives byte ranges of blocks.
+"""Reads an Endor checkpoint: opens and checks every header at once, then reads entries or gives byte ranges
+of blocks.
 
-Files are read with pread, never mapped: a file that is truncated while it is open then gives an error, not SIGBUS.
+Files are read with pread, never mapped: a file that is truncated while it is open then gives an error, not
+SIGBUS.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 
-from endor.errors import ChecksumError, FormatError, LoadError
-from endor.formats.checksums import checksum, verify_section
-from endor.formats.header import Block, Header, TensorEntry, read_header
-from endor.formats.layout import FORMAT_VERSION
+from endor.errors import FormatError, LoadError
+from endor.formats.checksums import verify_section
+from endor.formats.entries import Block, Header, TensorEntry
+from endor.formats.index import (
+    CONFIG_NAME,
+    QUANT_METHOD,
+    check_shards,
+    load_json_file,
+    read_config,
+    read_index,
+    read_shard,
+)
 from endor.formats.packed import PackedTensor
-from endor.formats.writer import INDEX_NAME
 
 __all__ = ["CONFIG_NAME", "QUANT_METHOD", "BlockRange", "CheckpointReader", "is_endor_checkpoint"]
 
-CONFIG_NAME = "config.json"
-QUANT_METHOD = "endor"
+_Identity = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,14 @@ class BlockRange:
 
 
 def is_endor_checkpoint(directory: Path) -> bool:
-    """Whether the config.json in `directory` says that its weights are Endor's. Never raises for bad files."""
+    """Whether the config.json in `directory` says that its weights are Endor's. Never raises for bad "
+    "files."""
     try:
-        config = json.loads((directory / CONFIG_NAME).read_text())
-    except (OSError, ValueError):
+        config = load_json_file(directory / CONFIG_NAME, missing="")
+    except (LoadError, FormatError):
         return False
-    return isinstance(config, dict) and _quantization(config).get("quant_method") == QUANT_METHOD
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 class CheckpointReader:
@@ -67,11 +77,17 @@ class CheckpointReader:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
-        self.config = _read_config(self.directory)
-        self._headers = _read_headers(self.directory, _read_index(self.directory))
+        self.config = read_config(self.directory)
+        index = read_index(self.directory)
+        self._fds: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        # Taken before the headers are read: a file that is replaced in between is noticed when it is opened.
+        self._identities = {record.path: _identity_of(record.path) for record in index.shards}
+        self._headers: dict[Path, Header] = {record.path: read_shard(record) for record in index.shards}
+        check_shards(index, self._headers)
         self.blocks = tuple(
-            BlockRange(block, self.directory / name, header.payload_begin + block.begin)
-            for name, header in self._headers.items()
+            BlockRange(block, path, header.payload_begin + block.begin)
+            for path, header in self._headers.items()
             for block in header.blocks
         )
         self._homes = {entry.name: home for home in self.blocks for entry in home.block.entries}
@@ -81,19 +97,20 @@ class CheckpointReader:
         self.aliases: Mapping[str, str] = MappingProxyType(
             {alias: entry.name for entry in self.entries.values() for alias in entry.aliases}
         )
-        _check_unique(self.blocks)
-        self._fds: dict[Path, int] = {}
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the files; reading again opens them again."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        with self._lock:
+            while self._fds:
+                os.close(self._fds.popitem()[1])
 
     @property
     def file_bytes(self) -> int:
@@ -122,7 +139,7 @@ class CheckpointReader:
 
         Raises:
             KeyError: there is no such entry.
-            LoadError: the file ends early or cannot be read.
+            LoadError: the file ends early, was replaced or cannot be read.
             ChecksumError: the bytes are not those that were written.
         """
         entry = self.entry(name)
@@ -137,127 +154,53 @@ class CheckpointReader:
         return PackedTensor(entry.layout, sections)
 
     def read_block(self, home: BlockRange) -> torch.Tensor:
-        """Read the bytes of a block into a fresh uint8 tensor [nbytes]; checksums are the caller's business."""
+        """Read the bytes of a block into a fresh uint8 tensor [nbytes]; checksums are the caller's "
+        "business."""
         raw = torch.empty(home.nbytes, dtype=torch.uint8)
         self._read_into(home, 0, raw.numpy().data)
         return raw
 
     def _read_into(self, home: BlockRange, begin: int, target: memoryview) -> None:
+        offset, done = home.offset + begin, 0
         try:
-            fd = self._fds.get(home.file)
-            if fd is None:
-                fd = self._fds[home.file] = os.open(home.file, os.O_RDONLY | os.O_CLOEXEC)
-            done = 0
+            fd = self._descriptor(home.file)
             while done < len(target):
-                n = os.preadv(fd, [target[done:]], home.offset + begin + done)
+                n = os.preadv(fd, [target[done:]], offset + done)
                 if n == 0:
                     raise LoadError(
-                        f"{home.file}: the file ends at byte {home.offset + begin + done} inside block "
-                        f"{home.block.name!r}; it was truncated"
+                        f"{home.file}: the file ends at byte {offset + done} inside block "
+                        f"{home.block.name!r}; it was "
+                        "truncated: copy it again or convert the model again"
                     )
                 done += n
         except LoadError:
             raise
         except OSError as error:
-            message = f"{home.file}: cannot read block {home.block.name!r}: {error.strerror}"
+            message = (
+                f"{home.file}: cannot read block {home.block.name!r} at byte {offset + done}: "
+                f"{error.strerror}"
+            )
             raise LoadError(message, errno=error.errno) from error
 
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._fds:
+                fd = os.open(path, os.O_RDONLY)
+                self._fds[path] = fd
+                if _identity(os.fstat(fd)) != self._identities[path]:
+                    os.close(self._fds.pop(path))
+                    raise LoadError(
+                        f"{path} was replaced or changed since the checkpoint was opened; open it again"
+                    )
+            return self._fds[path]
 
-def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    value = config.get("quantization_config")
-    return value if isinstance(value, dict) else {}
+
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _load_json_file(path: Path, *, missing: str) -> dict[str, Any]:
+def _identity_of(path: Path) -> _Identity:
     try:
-        loaded = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise LoadError(f"{path.parent}: {missing}", errno=error.errno) from error
+        return _identity(path.stat())
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror}", errno=error.errno) from error
-    except ValueError as error:
-        raise FormatError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(loaded, dict):
-        raise FormatError(f"{path}: expected a JSON object, found {type(loaded).__name__}")
-    return loaded
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    config = _load_json_file(directory / CONFIG_NAME, missing=_missing_config(directory))
-    quantization = _quantization(config)
-    if quantization.get("quant_method") != QUANT_METHOD:
-        raise FormatError(
-            f"{directory / CONFIG_NAME}: this is not an Endor checkpoint (quantization_config.quant_method is "
-            f"{quantization.get('quant_method')!r}); convert it first: convert-model {directory} OUT"
-        )
-    if quantization.get("format_version") != FORMAT_VERSION:
-        raise FormatError(
-            f"{directory / CONFIG_NAME}: format_version {quantization.get('format_version')!r} is unknown; "
-            f"this Endor reads version {FORMAT_VERSION}"
-        )
-    return config
-
-
-def _missing_config(directory: Path) -> str:
-    if not directory.exists():
-        return "no such model directory"
-    if list(directory.glob("model-*.safetensors*")):
-        return "no config.json: the conversion that wrote this directory did not finish; run it again with --resume"
-    return "no config.json: not a model directory"
-
-
-def _read_index(directory: Path) -> dict[str, Any]:
-    path = directory / INDEX_NAME
-    index = _load_json_file(path, missing="no index: the conversion did not finish; run it again with --resume")
-    weight_map, metadata = index.get("weight_map"), index.get("metadata")
-    files = metadata.get("endor", {}).get("files") if isinstance(metadata, dict) else None
-    if not isinstance(weight_map, dict) or not isinstance(files, dict) or not files:
-        raise FormatError(f"{path}: expected weight_map and metadata.endor.files")
-    for name in {*files, *weight_map.values()}:
-        if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(".safetensors"):
-            raise FormatError(f"{path}: {name!r} is not the name of a shard in this directory")
-        if name not in files:
-            raise FormatError(f"{path}: weight_map names {name!r}, which metadata.endor.files does not have")
-    return index
-
-
-def _read_headers(directory: Path, index: Mapping[str, Any]) -> dict[str, Header]:
-    headers: dict[str, Header] = {}
-    weight_map = dict(index["weight_map"])
-    for name, record in sorted(index["metadata"]["endor"]["files"].items()):
-        path = directory / name
-        header, data = read_header(path)
-        _check_record(path, record, data, header)
-        for entry in header.entries.values():
-            for section in entry.sections:
-                if weight_map.pop(entry.section_tensor_name(section.name), None) != name:
-                    raise FormatError(f"{path}: entry {entry.name!r} is not where {INDEX_NAME} says")
-        headers[name] = header
-    if weight_map:
-        missing = next(iter(weight_map))
-        raise FormatError(f"{directory / INDEX_NAME}: {weight_map[missing]} does not have tensor {missing!r}")
-    return headers
-
-
-def _check_record(path: Path, record: object, data: bytes, header: Header) -> None:
-    if not isinstance(record, dict) or set(record) != {"bytes", "header_checksum"}:
-        raise FormatError(f"{path.parent / INDEX_NAME}: {path.name} needs bytes and header_checksum")
-    if record["bytes"] != header.file_bytes:
-        raise FormatError(f"{path}: expected {record['bytes']} bytes (from {INDEX_NAME}), found {header.file_bytes}")
-    found = f"{checksum(data):016x}"
-    if record["header_checksum"] != found:
-        raise ChecksumError(
-            f"{path}: expected header checksum {record['header_checksum']} (from {INDEX_NAME}), found {found}. "
-            "The file is damaged, or belongs to another conversion"
-        )
-
-
-def _check_unique(blocks: tuple[BlockRange, ...]) -> None:
-    seen: dict[str, Path] = {}
-    for home in blocks:
-        names = [f"block {home.block.name}"]
-        names += [n for entry in home.block.entries for n in (entry.name, *entry.aliases)]
-        for name in names:
-            if name in seen:
-                raise FormatError(f"{home.file}: {name!r} also stands in {seen[name]}")
-            seen[name] = home.file

@@ -1,51 +1,61 @@
 """Writes an Endor checkpoint shard by shard, one tensor in memory at a time.
 
-A shard is written as `NAME.part`: first its sections, behind a reserve for the header, then the header, then fsync
-and a rename. A file under its final name is therefore whole. The index is written last, so a directory without one is
-visibly unfinished.
+A shard is written as `NAME.part`: first its sections, behind a reserve for the header, then the header, then
+fsync and a rename. A file under its final name is therefore whole. The index is written last, so a directory
+without one is visibly unfinished.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Self
 
 import torch
 
 from endor.errors import ConvertError, FormatError
 from endor.formats.checksums import checksum, tensor_bytes
-from endor.formats.header import Block, Header, Section, TensorEntry, header_json, parse_header, read_header
+from endor.formats.entries import Block, Section, TensorEntry, section_tensor_name
+from endor.formats.header import header_json, parse_header, read_header
+from endor.formats.index import INDEX_NAME, index_json, shard_name
 from endor.formats.layout import (
     BLOCK_ALIGNMENT_BYTES,
-    FORMAT_VERSION,
     PADDING_PREFIX,
+    PREFIX_BYTES,
     SECTION_ALIGNMENT_BYTES,
     align_up,
 )
 from endor.formats.packed import DENSE_SECTION, PackedTensor, TensorLayout
 
-__all__ = ["INDEX_NAME", "CheckpointWriter", "ShardWriter", "atomic_write", "header_bytes_bound", "shard_name"]
+__all__ = [
+    "INDEX_NAME",
+    "CheckpointWriter",
+    "ShardWriter",
+    "atomic_write",
+    "header_bytes_bound",
+    "shard_name",
+]
 
-INDEX_NAME = "model.safetensors.index.json"
-_ENTRY_OVERHEAD_BYTES = 1536
-_NAME_REPEATS = 10
-
-
-def shard_name(number: int, count: int) -> str:
-    """File name of shard `number` (from 0) of `count`."""
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+_ENTRY_OVERHEAD_BYTES = 2560
+"""Eight sections at up to 250 bytes each (table row, checksum, padding) and 500 for the entry itself."""
+_NAME_REPEATS = 12
+_MOVE_BYTES = 1 << 24
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def header_bytes_bound(names: Sequence[str]) -> int:
-    """An upper bound of the header's size for a shard that will hold entries, aliases and blocks with these names."""
+    """Room for the header of a shard that will hold entries, aliases and blocks with these names.
+
+    Names full of characters that JSON escapes may need more; the writer then moves the payload when it
+    finishes.
+    """
     text = sum(_ENTRY_OVERHEAD_BYTES + _NAME_REPEATS * len(name.encode()) for name in names)
-    return align_up(4096 + text, BLOCK_ALIGNMENT_BYTES)
+    return align_up(BLOCK_ALIGNMENT_BYTES + text, BLOCK_ALIGNMENT_BYTES)
 
 
 def plain(tensor: torch.Tensor) -> PackedTensor:
@@ -57,6 +67,8 @@ def plain(tensor: torch.Tensor) -> PackedTensor:
 
 class ShardWriter:
     """One shard in the making; a context manager that leaves either the whole file or none.
+
+    Once a block or a write has failed the shard cannot be finished, whoever catches the error.
 
     Args:
         path: final path of the shard.
@@ -76,54 +88,66 @@ class ShardWriter:
         self._entries: list[TensorEntry] | None = None
         self._padding: dict[str, tuple[int, int]] = {}
         self._names: set[str] = set()
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
+        self._failed = False
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         with _write_errors(self._part):
-            self._file = self._part.open("wb")
+            # Unbuffered: closing after a failed write must not try to write once more.
+            self._file = FileIO(self._part, "w+")
             self._file.seek(self._payload_begin)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         file, self._file = self._file, None
         if file is None:
             return
         try:
             if kind is None:
-                with _write_errors(self._part):
-                    self._finish(file)
+                self._finish(file)
         finally:
-            file.close()
-            self._part.unlink(missing_ok=True)
+            with suppress(OSError):  # what matters was checked by fsync; the .part has to go in any case
+                file.close()
+            with suppress(OSError):
+                self._part.unlink(missing_ok=True)
 
     @contextmanager
     def block(self, name: str) -> Iterator[None]:
         """Start a block; entries added inside belong to it."""
-        if self._entries is not None or any(block.name == name for block in self._blocks):
-            raise FormatError(f"{self._path}: block {name!r} is nested or written twice")
+        if self._entries is not None:
+            raise FormatError(f"{self._path}: block {name!r} starts inside another block")
+        if any(block.name == name for block in self._blocks):
+            raise FormatError(f"{self._path}: block {name!r} is written twice [F14]")
         begin, self._entries = self._position, []
+        failed, self._failed = self._failed, True  # until the block is whole
         yield
-        self._pad_to(BLOCK_ALIGNMENT_BYTES)
+        self._pad_to(BLOCK_ALIGNMENT_BYTES, at_least=begin + 1)
         self._blocks.append(Block(name, begin, self._position, tuple(self._entries)))
-        self._entries = None
+        self._entries, self._failed = None, failed
 
-    def add(self, name: str, tensor: PackedTensor | torch.Tensor, *, aliases: Sequence[str] = ()) -> TensorEntry:
-        """Append an entry to the open block; a torch.Tensor is stored as it is. Returns the entry as recorded."""
+    def add(
+        self, name: str, tensor: PackedTensor | torch.Tensor, *, aliases: Sequence[str] = ()
+    ) -> TensorEntry:
+        """Append an entry to the open block; a torch.Tensor is stored as it is. Returns the entry as "
+        "recorded."""
         if self._entries is None:
             raise FormatError(f"{self._path}: entry {name!r} is added outside a block")
         packed = plain(tensor) if isinstance(tensor, torch.Tensor) else tensor
-        entry = TensorEntry(name, tuple(aliases), packed.layout, ())
-        self._claim([name, *aliases], [entry.section_tensor_name(s.name) for s in packed.layout.sections])
-        sections = tuple(self._write_section(s.name, packed.sections[s.name]) for s in packed.layout.sections)
+        specs = packed.layout.sections
+        self._claim(name, aliases, [section_tensor_name(name, spec.name) for spec in specs])
+        sections = tuple(self._write_section(spec.name, packed.sections[spec.name]) for spec in specs)
         entry = TensorEntry(name, tuple(aliases), packed.layout, sections)
         self._entries.append(entry)
         return entry
 
-    def _claim(self, names: Sequence[str], tensors: Sequence[str]) -> None:
-        for name in {*names, *tensors}:
-            if name in self._names or name.startswith(PADDING_PREFIX):
-                raise FormatError(f"{self._path}: the name {name!r} is used twice or reserved")
-            self._names.add(name)
+    def _claim(self, name: str, aliases: Sequence[str], tensors: Sequence[str]) -> None:
+        names = [*{name, *tensors}, *aliases]
+        for i, claimed in enumerate(names):
+            if claimed in self._names or claimed in names[:i]:
+                raise FormatError(f"{self._path}: the name {claimed!r} is used twice [F14]")
+        self._names.update(names)
 
     def _write_section(self, name: str, tensor: torch.Tensor) -> Section:
         self._pad_to(SECTION_ALIGNMENT_BYTES)
@@ -132,52 +156,74 @@ class ShardWriter:
         self._write(data)
         return Section(name, begin, self._position, checksum(data))
 
-    def _pad_to(self, alignment: int) -> None:
+    def _pad_to(self, alignment: int, *, at_least: int = 0) -> None:
         begin = self._position
-        self._write(bytes(align_up(begin, alignment) - begin))
+        self._write(bytes(align_up(max(begin, at_least), alignment) - begin))
         if self._position > begin:
             self._padding[f"{PADDING_PREFIX}{len(self._padding)}"] = (begin, self._position)
 
     def _write(self, data: memoryview | bytes) -> None:
-        assert self._file is not None, "ShardWriter is used outside its with statement"
+        if self._file is None:
+            raise FormatError(f"{self._path}: a shard is written inside its with statement")
         with _write_errors(self._part):
-            self._file.write(data)
+            _write_all(self._file, data)
         self._position += len(data)
 
-    def _finish(self, file: BinaryIO) -> None:
+    def _finish(self, file: FileIO) -> None:
+        if self._failed or self._entries is not None:
+            raise FormatError(f"{self._path}: a block failed, so the shard cannot be finished")
         body = header_json(tuple(self._blocks), self._padding)
-        if 8 + len(body) > self._payload_begin:
-            self._make_room(file, align_up(8 + len(body), BLOCK_ALIGNMENT_BYTES))
-        length = self._payload_begin - 8
-        data = length.to_bytes(8, "little") + body.ljust(length, b" ")
-        file.seek(0)
-        file.write(data)
-        file.flush()
-        parse_header(data, file_bytes=self._payload_begin + self._position, file=str(self._part))
-        os.fsync(file.fileno())
-        self._part.replace(self._path)
-        _sync_directory(self._path.parent)
+        with _write_errors(self._part):
+            self._make_room(file, align_up(PREFIX_BYTES + len(body), BLOCK_ALIGNMENT_BYTES))
+            length = self._payload_begin - PREFIX_BYTES
+            data = length.to_bytes(PREFIX_BYTES, "little") + body.ljust(length, b" ")
+            file.seek(0)
+            _write_all(file, data)
+            parse_header(data, file_bytes=os.fstat(file.fileno()).st_size, file=str(self._path))
+            os.fsync(file.fileno())
+            self._part.replace(self._path)
+            _sync_directory(self._path.parent)
 
-    def _make_room(self, file: BinaryIO, payload_begin: int) -> None:
-        """Move the payload back because the header outgrew its reserve (the bound makes this rare)."""
-        file.flush()
-        with self._part.open("rb") as source:
-            source.seek(self._payload_begin)
-            moved = self._part.with_name(self._part.name + ".moved")
-            with moved.open("wb") as target:
-                target.seek(payload_begin)
-                shutil.copyfileobj(source, target, 1 << 24)
-        shutil.copyfile(moved, self._part)
-        moved.unlink()
-        file.truncate(payload_begin + self._position)
-        self._payload_begin = payload_begin
+    def _make_room(self, file: FileIO, needed: int) -> None:
+        """Move the payload towards the end if the header outgrew its reserve, last bytes first: no byte is
+        overwritten
+        before it has moved, and no second copy needs space. A crash leaves a .part, as everywhere."""
+        shift = needed - self._payload_begin
+        if shift <= 0:
+            return
+        end = self._payload_begin + self._position
+        while end > self._payload_begin:
+            begin = max(self._payload_begin, end - _MOVE_BYTES)
+            file.seek(begin)
+            data = _read_all(file, end - begin)
+            file.seek(begin + shift)
+            _write_all(file, data)
+            end = begin
+        self._payload_begin = needed
+
+
+def _write_all(file: FileIO, data: memoryview | bytes | bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _read_all(file: FileIO, length: int) -> bytearray:
+    data = bytearray(length)
+    view = memoryview(data)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise OSError(errno.EIO, "the file became shorter while it was written")
+        view = view[count:]
+    return data
 
 
 class CheckpointWriter:
     """A checkpoint directory in the making.
 
-    Shards may be written in any order and over several processes' lives: `has_shard` tells which are finished, and
-    `finish` writes the index, which makes the directory a checkpoint.
+    Shards may be written in any order and over several processes' lives: `has_shard` tells which are
+    finished, and `finish` writes the index, which makes the directory a checkpoint.
 
     Args:
         directory: created if missing.
@@ -185,16 +231,22 @@ class CheckpointWriter:
     """
 
     def __init__(self, directory: Path, *, shards: int) -> None:
+        if not 1 <= shards <= 99_999:
+            raise FormatError(f"{directory}: a checkpoint has 1 to 99999 shards, asked for {shards} [F20]")
         self.directory = directory
         self.shards = shards
         with _write_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
 
     def shard_path(self, number: int) -> Path:
+        """Path of shard `number`, from 0."""
+        if not 0 <= number < self.shards:
+            raise FormatError(f"{self.directory}: there is no shard {number} of {self.shards}")
         return self.directory / shard_name(number, self.shards)
 
     def has_shard(self, number: int) -> bool:
-        """Whether shard `number` is finished: its file is there under its final name. Its header is checked."""
+        """Whether shard `number` is finished: its file is there under its final name. Its header is "
+        "checked."""
         path = self.shard_path(number)
         if not path.exists():
             return False
@@ -206,38 +258,23 @@ class CheckpointWriter:
         return ShardWriter(self.shard_path(number), header_reserve_bytes=header_reserve_bytes)
 
     def finish(self) -> None:
-        """Write the index over all shards. Raises FormatError if a name stands in two shards or a shard is missing."""
-        weight_map: dict[str, str] = {}
-        files: dict[str, dict[str, Any]] = {}
-        total = 0
-        for number in range(self.shards):
-            path = self.shard_path(number)
-            header, data = read_header(path)
-            for name in _tensor_names(header):
-                if name in weight_map:
-                    raise FormatError(f"{path}: tensor {name!r} is also in {weight_map[name]}")
-                weight_map[name] = path.name
-            total += header.payload_bytes
-            files[path.name] = {"bytes": header.file_bytes, "header_checksum": f"{checksum(data):016x}"}
-        metadata = {"total_size": total, "endor": {"format_version": FORMAT_VERSION, "files": files}}
-        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        atomic_write(self.directory / INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
+        """Write the index over all shards.
 
-
-def _tensor_names(header: Header) -> Iterator[str]:
-    for entry in header.entries.values():
-        for section in entry.sections:
-            yield entry.section_tensor_name(section.name)
+        Raises:
+            FormatError: a name stands in two shards, or a shard is damaged.
+            LoadError: a shard is missing.
+        """
+        paths = [self.shard_path(number) for number in range(self.shards)]
+        atomic_write(self.directory / INDEX_NAME, index_json({path: read_header(path) for path in paths}))
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a small file so that it is there whole or not at all. Raises ConvertError."""
     part = path.with_name(path.name + ".part")
     with _write_errors(path):
         try:
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
+            with FileIO(part, "w") as file:
+                _write_all(file, data)
                 os.fsync(file.fileno())
             part.replace(path)
             _sync_directory(path.parent)
@@ -258,5 +295,9 @@ def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConvertError(f"cannot write {path}: {error.strerror or error}") from error
-
+        hint = (
+            "; make room there, then run the conversion again with --resume"
+            if error.errno in _OUT_OF_SPACE
+            else ""
+        )
+        raise ConvertError(f"cannot write {path}: {error.strerror or error}{hint}") from error

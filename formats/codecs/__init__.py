@@ -5,17 +5,18 @@ from __future__ import annotations
 from endor.errors import FormatError
 from endor.formats.codecs.base import Codec, Params, SectionSpec, ValuesContext
 from endor.formats.codecs.raw import RawCodec
+from endor.formats.strict_json import short
 
 __all__ = ["CODECS", "Codec", "Params", "RawCodec", "SectionSpec", "ValuesContext", "codec_named"]
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (RawCodec(),)}
 
 
-def codec_named(name: object, *, where: str = "codec") -> Codec:
+def codec_named(name: object, *, where: str = "values") -> Codec:
     """The codec called `name`. Raises FormatError that says `where` the name was found."""
     if not isinstance(name, str) or name not in CODECS:
         raise FormatError(
-            f"{where}: unknown codec {name!r}; this version of Endor knows {', '.join(CODECS)}. "
-            "A newer Endor may have written it: upgrade to read it"
+            f"{where}: unknown codec {short(name)}; this Endor knows {', '.join(CODECS)}. "
+            "A newer Endor may have written it: upgrade to read it [F11]"
         )
     return CODECS[name]

@@ -1,7 +1,7 @@
 """What a values codec is to the format: a name, the sections it stores, and the rules their contents obey.
 
-Encoding and decoding are kernels (`endor.kernels`); a codec here only says what the bytes mean. A new codec is a
-new file in this folder and a line in the registry: header, writer, reader and verifier do not change.
+Encoding and decoding are kernels (`endor.kernels`); a codec here only says what the bytes mean. A new codec
+is a new file in this folder and a line in the registry: header, writer, reader and verifier do not change.
 """
 
 from __future__ import annotations
@@ -62,5 +62,7 @@ class Codec(ABC):
     def sections(self, values: ValuesContext) -> tuple[SectionSpec, ...]:
         """The sections that hold the values, in file order. Raises FormatError for params that cannot be."""
 
-    def check(self, values: ValuesContext, sections: Mapping[str, torch.Tensor]) -> None:
+    def check(  # noqa: B027 - most codecs have nothing to add
+        self, values: ValuesContext, sections: Mapping[str, torch.Tensor]
+    ) -> None:
         """Check the contents of the sections beyond their sizes. Raises FormatError."""

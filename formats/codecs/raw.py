@@ -22,5 +22,5 @@ class RawCodec(Codec):
 
     def sections(self, values: ValuesContext) -> tuple[SectionSpec, ...]:
         if values.params:
-            raise FormatError(f"codec raw takes no params, found {sorted(values.params)}")
+            raise FormatError(f"codec raw takes no params, found {sorted(values.params)} [F11]")
         return (SectionSpec("values", values.dtype, (values.nnz,)),)
