@@ -8,7 +8,9 @@ The extension `endor.kernels._native` is optional: without it `backends()` is em
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,12 +35,11 @@ _RULES = (
 class NativeBackend(Backend):
     """One instruction set of the extension."""
 
-    def __init__(self, name: str, extension: object, isa: int) -> None:
+    def __init__(self, name: str, extension: Any, isa: int) -> None:
         self.name = name
         self._isa = isa
-        self._scan = extension.scan  # type: ignore[attr-defined]
-        self._compress = extension.compress  # type: ignore[attr-defined]
-        self._decode = extension.decode  # type: ignore[attr-defined]
+        self._encode = extension.encode
+        self._decode = extension.decode
 
     def supports(self, codec: str, device: torch.device) -> bool:
         return codec in _CODECS and device.type == "cpu"
@@ -49,14 +50,27 @@ class NativeBackend(Backend):
         weight = _aligned(weight)
         bitmap = torch.empty(g.rows, g.bitmap_row_bytes, dtype=torch.uint8)
         offsets = torch.empty(g.row_blocks + 1, dtype=torch.int64)
-        size_log2 = weight.dtype.itemsize.bit_length() - 1
-        job = (self._isa, torch.get_num_threads(), g.rows, g.cols, g.row_block, size_log2)
-        inputs = (weight.data_ptr(), bitmap.data_ptr(), offsets.data_ptr())
-        nnz = self._scan(*job, *inputs, 0)
-        values = torch.empty(nnz, dtype=weight.dtype)
-        self._compress(*job, *inputs, values.data_ptr())
+        values = np.empty(weight.numel() * weight.dtype.itemsize, np.uint8)
+        nnz = self._encode(
+            self._isa,
+            torch.get_num_threads(),
+            g.rows,
+            g.cols,
+            g.row_block,
+            _size_log2(weight),
+            weight.data_ptr(),
+            bitmap.data_ptr(),
+            offsets.data_ptr(),
+            values.ctypes.data,
+        )
+        # How many values there are is known only afterwards. Shrinking gives the untouched rest back without a copy.
+        values.resize(nnz * weight.dtype.itemsize, refcheck=False)
         layout = TensorLayout(shape, weight.dtype, "bitmap", codec, nnz)
-        sections = {"bitmap": bitmap, "row_offsets": offsets.to(offsets_dtype(nnz)), "values": values}
+        sections = {
+            "bitmap": bitmap,
+            "row_offsets": offsets.to(offsets_dtype(nnz)),
+            "values": torch.from_numpy(values).view(weight.dtype),
+        }
         return PackedTensor(layout, sections)
 
     def decode(self, packed: PackedTensor, start_block: int, stop_block: int, out: Tensor) -> None:
@@ -85,7 +99,7 @@ class NativeBackend(Backend):
             g.cols,
             g.row_block,
             values.numel(),
-            itemsize.bit_length() - 1,
+            _size_log2(out),
             bitmap.data_ptr(),
             row_offsets.data_ptr(),
             row_offsets.dtype == torch.int64,
@@ -97,6 +111,10 @@ class NativeBackend(Backend):
         )
         if failure >= 0:
             raise FormatError(f"row block {failure // 4}: {_RULES[failure % 4]}")
+
+
+def _size_log2(tensor: Tensor) -> int:
+    return tensor.dtype.itemsize.bit_length() - 1
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-// The three operations over whole matrices: split into chunks of row blocks, check what a file may have made up, run.
+// Decode and encode whole matrices: split into chunks of row blocks, check what a file may have made up, run.
 
 #include "bitmap.h"
 
 #include <atomic>
+#include <thread>
 
 #include "parallel.h"
 
@@ -15,6 +16,13 @@ namespace {
 
 // Dense bytes one thread takes at a time: large against a wake-up, small enough that the last one is not waited for.
 constexpr int64_t kChunkBytes = 256 * 1024;
+
+// Non-temporal stores are visible to whoever waits for this chunk only after a fence.
+inline void drain_stores() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
 
 struct Chunks {
     int64_t first;
@@ -85,37 +93,51 @@ void decode_chunk(void* context, int64_t chunk) {
                                            job.out + (rows.first - out_row) * row_bytes, rows.count, shape.cols,
                                            job.streaming);
     }
-#if defined(__x86_64__)
-    if (job.streaming) _mm_sfence();  // make the non-temporal stores visible to whoever waits for this chunk
-#endif
+    if (job.streaming) drain_stores();
 }
 
 struct Encoding {
     const EncodeJob& job;
     Chunks chunks;
+    std::atomic<int64_t> chunks_placed{0};
+    int64_t values_placed = 0;  // owned by whoever places chunk number `chunks_placed`
 };
 
-void scan_chunk(void* context, int64_t chunk) {
-    auto& encoding = *static_cast<Encoding*>(context);
-    const EncodeJob& job = encoding.job;
-    for (int64_t block = encoding.chunks.begin(chunk); block < encoding.chunks.end(chunk); ++block) {
-        const Rows rows(job.shape, block, block + 1);
-        job.offsets[block + 1] = job.kernels->scan[job.size_log2](
-            job.dense + (rows.first * job.shape.cols << job.size_log2),
-            job.bitmap + rows.first * job.shape.words_per_row() * 8, rows.count, job.shape.cols);
+// Where the chunk's values start. Chunks are placed in order, each as soon as its bits are counted, so that counting and
+// compressing happen in one pass over memory. Chunks are handed out in order too: the one waited for is being counted.
+int64_t place_chunk(Encoding& encoding, int64_t chunk, int64_t count) {
+    for (int spins = 0; encoding.chunks_placed.load(std::memory_order_acquire) != chunk;) {
+        if (++spins > 1000) std::this_thread::yield();
     }
+    const int64_t start = encoding.values_placed;
+    encoding.values_placed = start + count;
+    encoding.chunks_placed.store(chunk + 1, std::memory_order_release);
+    return start;
 }
 
-void compress_chunk(void* context, int64_t chunk) {
+void encode_chunk(void* context, int64_t chunk) {
     auto& encoding = *static_cast<Encoding*>(context);
     const EncodeJob& job = encoding.job;
     const int64_t begin = encoding.chunks.begin(chunk), end = encoding.chunks.end(chunk);
+    const int64_t row_bytes = job.shape.cols << job.size_log2, bitmap_row_bytes = job.shape.words_per_row() * 8;
+    int64_t count = 0;
+    for (int64_t block = begin; block < end; ++block) {
+        const Rows rows(job.shape, block, block + 1);
+        count += job.kernels->scan[job.size_log2](job.dense + rows.first * row_bytes,
+                                                  job.bitmap + rows.first * bitmap_row_bytes, rows.count,
+                                                  job.shape.cols);
+        job.offsets[block + 1] = count;
+    }
+    const int64_t start = place_chunk(encoding, chunk, count);
+    for (int64_t block = begin; block < end; ++block) job.offsets[block + 1] += start;
     const Rows rows(job.shape, begin, end);
-    job.kernels->compress[job.size_log2](job.dense + (rows.first * job.shape.cols << job.size_log2),
-                                         job.bitmap + rows.first * job.shape.words_per_row() * 8,
-                                         job.values + (job.offsets[begin] << job.size_log2),
-                                         job.values + (job.offsets[end] << job.size_log2), rows.count,
-                                         job.shape.cols);
+    // Compressing is bound by arithmetic, counting by memory: fetch the chunk this thread is likely to count next.
+    const int64_t prefetch_bytes = job.threads * rows.count * row_bytes;
+    job.kernels->compress[job.size_log2](job.dense + rows.first * row_bytes,
+                                         job.bitmap + rows.first * bitmap_row_bytes,
+                                         job.values + (start << job.size_log2), rows.count, job.shape.cols,
+                                         prefetch_bytes);
+    drain_stores();
 }
 
 }  // namespace
@@ -129,18 +151,11 @@ int64_t decode(const DecodeJob& job, int threads) {
     return failure == kNone ? -1 : failure;
 }
 
-int64_t scan(const EncodeJob& job, int threads) {
-    const int64_t blocks = job.shape.row_blocks();
-    Encoding encoding{job, Chunks(job.shape, job.size_log2, 0, blocks)};
-    job.offsets[0] = 0;
-    run_chunks(threads, encoding.chunks.count(), scan_chunk, &encoding);
-    for (int64_t block = 0; block < blocks; ++block) job.offsets[block + 1] += job.offsets[block];
-    return job.offsets[blocks];
-}
-
-void compress(const EncodeJob& job, int threads) {
+int64_t encode(const EncodeJob& job) {
     Encoding encoding{job, Chunks(job.shape, job.size_log2, 0, job.shape.row_blocks())};
-    run_chunks(threads, encoding.chunks.count(), compress_chunk, &encoding);
+    job.offsets[0] = 0;
+    run_chunks(job.threads, encoding.chunks.count(), encode_chunk, &encoding);
+    return encoding.values_placed;
 }
 
 }  // namespace endor

@@ -40,9 +40,9 @@ struct Kernels {
                       int64_t rows, int64_t cols, bool streaming);
     // Writes the bitmap and returns the number of bits set.
     int64_t (*scan[3])(const uint8_t* dense, uint8_t* bitmap, int64_t rows, int64_t cols);
-    // Writes the elements the bitmap names, nothing at or after `values_end`; returns the end of what it wrote.
-    uint8_t* (*compress[3])(const uint8_t* dense, const uint8_t* bitmap, uint8_t* values, uint8_t* values_end,
-                            int64_t rows, int64_t cols);
+    // Writes the elements the bitmap names and nothing else; fetches ahead what lies `prefetch_bytes` further on.
+    void (*compress[3])(const uint8_t* dense, const uint8_t* bitmap, uint8_t* values, int64_t rows, int64_t cols,
+                        int64_t prefetch_bytes);
 };
 
 // nullptr where the machine (or the build) does not have the instruction set.
@@ -67,22 +67,20 @@ struct DecodeJob {
 };
 
 struct EncodeJob {
+    int threads;
     const Kernels* kernels;
     Shape shape;
     int size_log2;
     const uint8_t* dense;
     uint8_t* bitmap;
     int64_t* offsets;  // [row_blocks + 1]
-    uint8_t* values;   // [offsets[row_blocks]]
+    uint8_t* values;   // room for every element; only as many as are kept are touched
 };
 
 // -1 if all is well, else 4 * row block + Rule of the first row block that is wrong.
 int64_t decode(const DecodeJob& job, int threads);
 
-// First pass of encoding: bitmap and offsets. Returns the number of values to make room for.
-int64_t scan(const EncodeJob& job, int threads);
-
-// Second pass: the values.
-void compress(const EncodeJob& job, int threads);
+// Bitmap, offsets and values. Returns the number of values.
+int64_t encode(const EncodeJob& job);
 
 }  // namespace endor

@@ -128,6 +128,11 @@ struct Isa {
         }
         return count;
     }
+
+    ENDOR_TARGET static inline void stream_line(uint8_t* to, const uint8_t* from) {
+        store<true>(to, load32(from));
+        store<true>(to + 32, load32(from + 32));
+    }
 };
 
 }  // namespace

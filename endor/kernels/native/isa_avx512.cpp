@@ -18,16 +18,20 @@ namespace endor {
 namespace {
 
 struct Isa {
-    // The elements of one vector: expand `values` into the lanes named by `mask`.
+    // Zen 4 and 5 let vpexpand and vpcompress wait for the register they overwrite, even when they zero it. Merging
+    // into a register that has just been zeroed costs nothing and breaks the chain.
+    ENDOR_TARGET static inline __m512i fresh_zero() {
+        __m512i zero = _mm512_setzero_si512();
+        __asm__("" : "+v"(zero));  // or the compiler would turn the merge back into zeroing
+        return zero;
+    }
+
     template <class T>
     ENDOR_TARGET static inline __m512i expand_vector(uint64_t mask, const T* values) {
-        __m512i packed = _mm512_loadu_si512(values);
-#ifdef ENDOR_REG
-        __asm__("" : "+v"(packed));
-#endif
-        if constexpr (sizeof(T) == 1) return _mm512_maskz_expand_epi8(mask, packed);
-        if constexpr (sizeof(T) == 2) return _mm512_maskz_expand_epi16(static_cast<__mmask32>(mask), packed);
-        if constexpr (sizeof(T) == 4) return _mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), packed);
+        const __m512i packed = _mm512_loadu_si512(values);
+        if constexpr (sizeof(T) == 1) return _mm512_mask_expand_epi8(fresh_zero(), mask, packed);
+        if constexpr (sizeof(T) == 2) return _mm512_mask_expand_epi16(fresh_zero(), static_cast<__mmask32>(mask), packed);
+        if constexpr (sizeof(T) == 4) return _mm512_mask_expand_epi32(fresh_zero(), static_cast<__mmask16>(mask), packed);
     }
 
     template <class T, bool kStream>
@@ -70,9 +74,9 @@ struct Isa {
             const uint64_t mask = word >> lane & kAll;
             const __m512i v = _mm512_loadu_si512(dense + lane);
             __m512i packed;
-            if constexpr (sizeof(T) == 1) packed = _mm512_maskz_compress_epi8(mask, v);
-            if constexpr (sizeof(T) == 2) packed = _mm512_maskz_compress_epi16(static_cast<__mmask32>(mask), v);
-            if constexpr (sizeof(T) == 4) packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), v);
+            if constexpr (sizeof(T) == 1) packed = _mm512_mask_compress_epi8(fresh_zero(), mask, v);
+            if constexpr (sizeof(T) == 2) packed = _mm512_mask_compress_epi16(fresh_zero(), static_cast<__mmask32>(mask), v);
+            if constexpr (sizeof(T) == 4) packed = _mm512_mask_compress_epi32(fresh_zero(), static_cast<__mmask16>(mask), v);
             // The compiler must not fold compress and store into the memory form.
             __asm__("" : "+v"(packed));
             _mm512_storeu_si512(values, packed);
@@ -90,6 +94,10 @@ struct Isa {
         const __mmask8 rest = static_cast<__mmask8>((1u << (words - i)) - 1);
         sums = _mm512_add_epi64(sums, _mm512_popcnt_epi64(_mm512_maskz_loadu_epi64(rest, bitmap + i * 8)));
         return _mm512_reduce_add_epi64(sums);
+    }
+
+    ENDOR_TARGET static inline void stream_line(uint8_t* to, const uint8_t* from) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(from));
     }
 };
 

@@ -98,6 +98,8 @@ struct Isa {
         }
         return count;
     }
+
+    static inline void stream_line(uint8_t* to, const uint8_t* from) { std::memcpy(to, from, 64); }
 };
 
 }  // namespace

@@ -80,42 +80,27 @@ PyObject* py_decode(PyObject*, PyObject* args) {
     return PyLong_FromLongLong(failure);
 }
 
-bool parse_encode(PyObject* args, EncodeJob& job, int& threads) {
+PyObject* py_encode(PyObject*, PyObject* args) {
+    EncodeJob job{};
     int isa;
     long long rows, cols, row_block;
     unsigned long long dense, bitmap, offsets, values;
-    if (!PyArg_ParseTuple(args, "iiLLLiKKKK", &isa, &threads, &rows, &cols, &row_block, &job.size_log2, &dense,
+    if (!PyArg_ParseTuple(args, "iiLLLiKKKK", &isa, &job.threads, &rows, &cols, &row_block, &job.size_log2, &dense,
                           &bitmap, &offsets, &values)) {
-        return false;
+        return nullptr;
     }
     job.kernels = checked_kernels(isa);
+    if (!job.kernels) return nullptr;
     job.shape = {rows, cols, row_block};
     job.dense = pointer<const uint8_t>(dense);
     job.bitmap = pointer<uint8_t>(bitmap);
     job.offsets = pointer<int64_t>(offsets);
     job.values = pointer<uint8_t>(values);
-    return job.kernels != nullptr;
-}
-
-PyObject* py_scan(PyObject*, PyObject* args) {
-    EncodeJob job{};
-    int threads;
-    if (!parse_encode(args, job, threads)) return nullptr;
     int64_t nnz;
     Py_BEGIN_ALLOW_THREADS
-    nnz = scan(job, threads);
+    nnz = encode(job);
     Py_END_ALLOW_THREADS
     return PyLong_FromLongLong(nnz);
-}
-
-PyObject* py_compress(PyObject*, PyObject* args) {
-    EncodeJob job{};
-    int threads;
-    if (!parse_encode(args, job, threads)) return nullptr;
-    Py_BEGIN_ALLOW_THREADS
-    compress(job, threads);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
 }
 
 PyObject* py_set_openmp(PyObject*, PyObject* args) {
@@ -128,8 +113,7 @@ PyObject* py_set_openmp(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"isas", py_isas, METH_NOARGS, "Instruction sets of this machine, fastest first, and their numbers."},
     {"decode", py_decode, METH_VARARGS, "Decode row blocks; -1, or 4 * row block + rule broken."},
-    {"scan", py_scan, METH_VARARGS, "Write bitmap and int64 row offsets of a dense matrix; the number of values."},
-    {"compress", py_compress, METH_VARARGS, "Write the values a bitmap names."},
+    {"encode", py_encode, METH_VARARGS, "Write bitmap, int64 row offsets and values of a matrix; the number of values."},
     {"set_openmp", py_set_openmp, METH_VARARGS, "Use the OpenMP runtime with this GOMP_parallel; 0: own threads."},
     {nullptr, nullptr, 0, nullptr},
 };
