@@ -9,8 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from endor.checkpoint import Checkpoint
-    from endor.checkpoint import open_checkpoint as open  # noqa: A004
+    from endor.checkpoint import (
+        Checkpoint,
+        open_checkpoint as open,  # noqa: A004
+    )
     from endor.convert import ConvertReport, convert
     from endor.kernels.tensor import BitmapTensor, decode, encode
     from endor.runtime import load

@@ -16,7 +16,8 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 
 
 class Checkpoint(CheckpointReader):
-    """An open checkpoint whose tensors are read when asked for; every read is checked against its checksum."""
+    """An open checkpoint whose tensors are read when asked for; every read is checked against its
+    checksum."""
 
     def __enter__(self) -> Self:
         return self

@@ -28,7 +28,7 @@ _UNITS |= {prefix: 1000**power for power, prefix in enumerate("kmgt", start=1)}
 _INTERRUPTED = 130
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes: `8GiB`, `500MB`, `1.5 GB`, `4096` or `0`."""
 
     name = "size"
@@ -38,7 +38,9 @@ class Size(click.ParamType):
             return value
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
         if match is None or match[2] not in _UNITS:
-            self.fail(f"{value!r} is not a size; write for example 8GiB, 500MB, a number of bytes, or 0", param, ctx)
+            self.fail(
+                f"{value!r} is not a size; write for example 8GiB, 500MB, a number of bytes, or 0", param, ctx
+            )
         number = float(match[1]) * _UNITS[match[2]]
         if not math.isfinite(number) or number >= 2**63:
             self.fail(f"{value!r} is too large", param, ctx)
@@ -59,7 +61,10 @@ def format_size(n_bytes: float) -> str:
 def common_options(function: F) -> F:
     """Add `--json`, `--quiet` and `--version`."""
     function = click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object to stdout; everything else goes to stderr."
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print one JSON object to stdout; everything else goes to stderr.",
     )(function)
     function = click.option("--quiet", is_flag=True, help="Print no progress and no notes.")(function)
     return click.version_option(endor.__version__, prog_name="endor")(function)
@@ -77,7 +82,8 @@ def say(message: str, *, quiet: bool = False) -> None:
 
 
 def exits_cleanly(function: F) -> F:
-    """Turn errors into one line on stderr and an exit code: 1 for a failure, 130 for Ctrl-C. Usage errors are click's."""
+    """Turn errors into one line on stderr and an exit code: 1 for a failure, 130 for Ctrl-C. Usage errors are
+    click's."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -95,7 +101,7 @@ def exits_cleanly(function: F) -> F:
             _die(f"error: {error}", 1)
         except MemoryError:
             _die("error: out of memory; give a smaller budget or a shorter prompt", 1)
-        except Exception as error:  # the outermost boundary: a person must never see a traceback
+        except Exception as error:  # noqa: BLE001 - the boundary: a person must never see a traceback
             if "ENDOR_TRACEBACK" in os.environ:
                 traceback.print_exc()
             _die(

@@ -1,8 +1,9 @@
 """`BitmapTensor`: a packed weight that any PyTorch code can use as if it were the dense tensor.
 
-It is a wrapper subclass, as torchao's quantised tensors are: shape, dtype and device are those of the dense tensor, the
-storage is the packed sections. `F.linear` decodes into a scratch buffer that its owner lends; every other operation
-decodes into fresh memory. A weight that is streamed has its sections only while its block runs (`attach`, `detach`).
+It is a wrapper subclass, as torchao's quantised tensors are: shape, dtype and device are those of the dense
+tensor, the storage is the packed sections. `F.linear` decodes into a scratch buffer that its owner lends;
+every other operation decodes into fresh memory. A weight that is streamed has its sections only while its
+block runs (`attach`, `detach`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from endor.errors import KernelError
 from endor.formats.packed import DENSE_SECTION, PackedTensor, TensorLayout
-from endor.kernels.dispatch import decode as decode_packed
-from endor.kernels.dispatch import encode as encode_packed
+from endor.kernels.dispatch import decode as decode_packed, encode as encode_packed
 
 __all__ = ["BitmapTensor", "Scratch", "decode", "encode"]
 
@@ -54,10 +54,10 @@ class BitmapTensor(torch.Tensor):
         dtype: torch.dtype | None = None,
         scratch: Scratch | None = None,
         device: torch.device | None = None,
-    ) -> BitmapTensor:
+    ) -> Self:
         if device is None:
             device = packed.device if packed is not None else torch.device("cpu")
-        self: BitmapTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: Self = torch.Tensor._make_wrapper_subclass(
             cls, layout.shape, dtype=dtype or layout.dtype, device=device, requires_grad=False
         )
         self.packed_layout = layout
@@ -65,7 +65,7 @@ class BitmapTensor(torch.Tensor):
         self._scratch = scratch
         return self
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:  # noqa: ARG002 - __new__ has used them
         super().__init__()
 
     @property
@@ -73,8 +73,9 @@ class BitmapTensor(torch.Tensor):
         """The sections. Raises KernelError if the weight is streamed and its block is not running."""
         if self._packed is None:
             raise KernelError(
-                f"a streamed weight of shape {list(self.shape)} was used while its block is not running. Its bytes are "
-                "in memory only during the block's forward; load the model with a larger host_memory to keep it there"
+                f"a streamed weight of shape {list(self.shape)} was used while its block is not running. "
+                "Its bytes are in memory only during the block's forward; load the model with a larger "
+                "host_memory to keep them there"
             )
         return self._packed
 
@@ -109,7 +110,7 @@ class BitmapTensor(torch.Tensor):
         return self.packed_layout.codec
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of the packed sections."""
         return self.packed_layout.nbytes
 
@@ -118,7 +119,7 @@ class BitmapTensor(torch.Tensor):
         """Bits of the packed sections per element."""
         return self.packed_layout.bits_per_weight
 
-    def to_dense(self, *args: object, **kwargs: object) -> torch.Tensor:  # type: ignore[override]
+    def to_dense(self, *args: object, **kwargs: object) -> torch.Tensor:  # noqa: ARG002 - torch's signature
         """The dense tensor in this tensor's dtype, in memory of its own."""
         dense = decode_packed(self.packed)
         return dense if dense.dtype == self.dtype else dense.to(self.dtype)
@@ -134,10 +135,10 @@ class BitmapTensor(torch.Tensor):
         device = packed.device if packed is not None else self.device
         return BitmapTensor(self.packed_layout, packed, dtype=dtype, scratch=self._scratch, device=device)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
-            f"BitmapTensor(shape={list(self.shape)}, dtype={self.dtype}, mask={self.mask!r}, codec={self.codec!r}, "
-            f"nnz={self.nnz}, bits_per_weight={self.bits_per_weight:.3f})"
+            f"BitmapTensor(shape={list(self.shape)}, dtype={self.dtype}, mask={self.mask!r}, "
+            f"codec={self.codec!r}, nnz={self.nnz}, bits_per_weight={self.bits_per_weight:.3f})"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BitmapTensor:
@@ -151,7 +152,12 @@ class BitmapTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         layout = self.packed_layout
         fields = (layout.shape, layout.dtype, layout.mask, layout.codec, layout.nnz, dict(layout.params))
-        return _rebuild, (fields, dict(self.packed.sections), self.dtype, isinstance(self, torch.nn.Parameter))
+        return _rebuild, (
+            fields,
+            dict(self.packed.sections),
+            self.dtype,
+            isinstance(self, torch.nn.Parameter),
+        )
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[TensorLayout, torch.dtype]]:
         names = [f"section_{name}" for name in self.packed.sections]
@@ -161,7 +167,11 @@ class BitmapTensor(torch.Tensor):
 
     @classmethod
     def __tensor_unflatten__(
-        cls, inner: Mapping[str, torch.Tensor], context: tuple[TensorLayout, torch.dtype], size: object, stride: object
+        cls,
+        inner: Mapping[str, torch.Tensor],
+        context: tuple[TensorLayout, torch.dtype],
+        size: object,
+        stride: object,
     ) -> BitmapTensor:
         layout, dtype = context
         sections = {name.removeprefix("section_"): tensor for name, tensor in inner.items()}
@@ -182,7 +192,7 @@ class BitmapTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -196,15 +206,16 @@ class BitmapTensor(torch.Tensor):
         if overload is _aten._to_copy and isinstance(args[0], BitmapTensor):
             return _to_copy(args[0], kwargs)
         if func._schema.is_mutable:
-            raise KernelError(f"{func} would write to a BitmapTensor, which is read-only; use endor.decode first")
+            raise KernelError(
+                f"{func} would write to a BitmapTensor, which is read-only; use endor.decode first"
+            )
         return func(*_dense(args), **_dense(kwargs))
 
 
-def _linear(
-    x: torch.Tensor, weight: BitmapTensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def _linear(x: torch.Tensor, weight: BitmapTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        return F.linear(x, weight.to_dense(), bias)  # backward needs the weight after the scratch has moved on
+        # Backward needs the weight after the scratch has moved on.
+        return F.linear(x, weight.to_dense(), bias)
     return F.linear(x, weight._for_matmul(), bias)
 
 
@@ -235,7 +246,9 @@ def _rebuild(
     return torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
 
 
-def encode(weight: torch.Tensor, *, values: str = "auto", mask: str = "auto", backend: str | None = None) -> BitmapTensor:
+def encode(
+    weight: torch.Tensor, *, values: str = "auto", mask: str = "auto", backend: str | None = None
+) -> BitmapTensor:
     """Pack a weight bit-exactly (every element whose bits are not all zero is kept).
 
     Args:
@@ -250,7 +263,9 @@ def encode(weight: torch.Tensor, *, values: str = "auto", mask: str = "auto", ba
     return BitmapTensor(packed.layout, packed)
 
 
-def decode(packed: BitmapTensor, *, out: torch.Tensor | None = None, backend: str | None = None) -> torch.Tensor:
+def decode(
+    packed: BitmapTensor, *, out: torch.Tensor | None = None, backend: str | None = None
+) -> torch.Tensor:
     """The dense tensor, in its stored dtype and bit-exact.
 
     Args:

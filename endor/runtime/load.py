@@ -15,18 +15,19 @@ from endor.errors import PlanError
 from endor.formats.header import TensorEntry
 from endor.formats.reader import BlockRange
 from endor.kernels.tensor import BitmapTensor
-from endor.loaders import PosixReader, Reader
+from endor.loaders import PosixReader
 from endor.loaders.staging import available_bytes
-from endor.runtime.placement import plan_placement
+from endor.runtime.placement import Placement, plan_placement
 from endor.runtime.scratch import DecodeScratch
-from endor.runtime.skeleton import build_skeleton, check_complete, install
+from endor.runtime.skeleton import build_skeleton, check_complete, find_module, install
 from endor.runtime.stats import StatsRecorder
 from endor.runtime.streaming import Runtime, WeightBlock
 
 __all__ = ["load", "runtime_of"]
 
 _HOST_SHARE = 0.7
-"""Share of the available memory that resident blocks may take by default; the rest is for activations and others."""
+"""Share of the available memory that resident blocks may take by default; the rest is for activations and
+others."""
 
 
 def load(
@@ -43,7 +44,8 @@ def load(
     Args:
         directory: an Endor checkpoint, as `endor.convert` writes it.
         device: where to compute: `auto` or `cpu`.
-        host_memory: bytes of compressed blocks that may stay in memory; 0 streams every block from disk, None keeps as
+        host_memory: bytes of compressed blocks that may stay in memory; 0 streams every block from disk, None
+            keeps as
             many as fit in 70 % of the memory available now.
         reader: how blocks are read from disk: `auto` or `posix`.
         depth: blocks that are read ahead of the one that runs; 0 reads each when it is needed.
@@ -51,8 +53,8 @@ def load(
 
     Returns:
         The transformers model; `model.generate` works, `model.endor_stats()` gives totals, and
-        `endor.runtime.runtime_of(model)` the runtime with everything else. Streaming ends when the model is collected,
-        or at `runtime_of(model).close()`.
+        `endor.runtime.runtime_of(model)` the runtime with everything else. Streaming ends when the model is
+        collected, or at `runtime_of(model).close()`.
 
     Raises:
         LoadError: a file is missing or unreadable, or transformers does not know the model.
@@ -63,7 +65,7 @@ def load(
     stats = StatsRecorder()
     with Checkpoint(directory) as checkpoint:
         model = build_skeleton(checkpoint.directory, dtype=dtype)
-        blocks = list(_install_weights(model, checkpoint, stats, dtype))
+        blocks = list(_install_weights(model, checkpoint, dtype))
         check_complete(model, Path(directory))
     sizes = [block.home.nbytes for block in blocks]
     budget = default_host_bytes() if host_memory is None else host_memory
@@ -72,7 +74,7 @@ def load(
     scratch = DecodeScratch([(w.packed_layout, w.dtype) for w in weights if not _is_direct(w)], stats)
     for weight in weights:
         weight.use_scratch(scratch)
-    runtime = _start(model, blocks, placement, depth=depth, reader=_make_reader(reader), scratch=scratch, stats=stats)
+    _start(model, blocks, placement, depth=depth, reader=PosixReader(), scratch=scratch, stats=stats)
     return model
 
 
@@ -98,13 +100,10 @@ def _check_options(*, device: str, reader: str, depth: int) -> None:
         raise PlanError(f"depth must be 0 or more, found {depth}")
 
 
-def _make_reader(name: str) -> Reader:
-    return PosixReader()
-
-
-def _start(model: nn.Module, blocks: list[WeightBlock], placement: Any, **parts: Any) -> Runtime:
+def _start(model: nn.Module, blocks: list[WeightBlock], placement: Placement, **parts: Any) -> None:
+    """Start the runtime, which the model then owns; what it was given is closed if that fails."""
     try:
-        return Runtime(model, blocks, placement, **parts)
+        Runtime(model, blocks, placement, **parts)
     except BaseException:
         parts["reader"].close()
         parts["scratch"].close()
@@ -112,11 +111,11 @@ def _start(model: nn.Module, blocks: list[WeightBlock], placement: Any, **parts:
 
 
 def _install_weights(
-    model: nn.Module, checkpoint: Checkpoint, stats: StatsRecorder, dtype: torch.dtype | None
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None
 ) -> Iterator[WeightBlock]:
     """Put every tensor of the checkpoint into the model; yields the blocks whose weights are packed."""
     for home in checkpoint.blocks:
-        module = _module_named(model, home.block.name)
+        module = find_module(model, home.block.name)
         weights: dict[str, tuple[BitmapTensor, ...]] = {}
         for entry in home.block.entries:
             if module is not None and _is_streamable(model, entry, home):
@@ -128,26 +127,24 @@ def _install_weights(
             yield WeightBlock(module, home, weights)
 
 
-def _module_named(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
-
-
 def _is_streamable(model: nn.Module, entry: TensorEntry, home: BlockRange) -> bool:
-    """Whether only one Linear inside the block's module uses the weight, so that it is needed there and then only."""
+    """Whether only one Linear inside the block's module uses the weight, so that it is needed there and then
+    only."""
     if entry.aliases or not entry.name.startswith(home.block.name + "."):
         return False
     parent, _, leaf = entry.name.rpartition(".")
-    return leaf == "weight" and isinstance(_module_named(model, parent), nn.Linear)
+    return leaf == "weight" and isinstance(find_module(model, parent), nn.Linear)
 
 
 def _shown_dtype(stored: torch.dtype, model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype a stored tensor has in the model: weights are floating point and follow it, other tensors do not."""
+    """The dtype a stored tensor has in the model: weights are floating point and follow it, other tensors do
+    not."""
     if not stored.is_floating_point:
         return stored
-    return dtype or getattr(model, "dtype", stored)
+    if dtype is not None:
+        return dtype
+    own = getattr(model, "dtype", None)
+    return own if isinstance(own, torch.dtype) else stored
 
 
 def _install_packed(model: nn.Module, entry: TensorEntry, dtype: torch.dtype | None) -> BitmapTensor:
@@ -158,7 +155,9 @@ def _install_packed(model: nn.Module, entry: TensorEntry, dtype: torch.dtype | N
     return parameter
 
 
-def _install_dense(model: nn.Module, entry: TensorEntry, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+def _install_dense(
+    model: nn.Module, entry: TensorEntry, checkpoint: Checkpoint, dtype: torch.dtype | None
+) -> None:
     dense = checkpoint.read_dense(entry.name)
     shared = nn.Parameter(dense.to(_shown_dtype(dense.dtype, model, dtype)), requires_grad=False)
     for name in (entry.name, *entry.aliases):
@@ -168,4 +167,3 @@ def _install_dense(model: nn.Module, entry: TensorEntry, checkpoint: Checkpoint,
 def _is_direct(weight: BitmapTensor) -> bool:
     """Whether a matmul reads the sections as they are, without decoding."""
     return weight.packed_layout.is_plain and weight.packed_layout.dtype == weight.dtype
-

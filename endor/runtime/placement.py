@@ -23,7 +23,8 @@ class Placement:
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:
-    """`count` of the numbers below `total`, as evenly apart as they can be: reads then have time between uses."""
+    """`count` of the numbers below `total`, as evenly apart as they can be: reads then have time between
+    uses."""
     return tuple(i for i in range(total) if (i + 1) * count // total > i * count // total)
 
 
@@ -43,8 +44,8 @@ def plan_placement(names: Sequence[str], sizes: Sequence[int], *, host_bytes: in
     smallest = min(range(len(sizes)), key=sizes.__getitem__)
     if host_bytes < 0 or 0 < host_bytes < sizes[smallest]:
         raise PlanError(
-            f"a host memory budget of {host_bytes} bytes holds no block: the smallest, {names[smallest]!r}, needs "
-            f"{sizes[smallest]} bytes. Give at least that, or 0 to stream every block"
+            f"a host memory budget of {host_bytes} bytes holds no block: the smallest, {names[smallest]!r}, "
+            f"needs {sizes[smallest]} bytes. Give at least that, or 0 to stream every block"
         )
     host = _largest_spread(sizes, host_bytes)
     left = host_bytes - sum(sizes[i] for i in host)

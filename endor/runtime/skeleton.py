@@ -12,7 +12,7 @@ from torch import nn
 
 from endor.errors import FormatError, LoadError
 
-__all__ = ["build_skeleton", "check_complete", "install"]
+__all__ = ["build_skeleton", "check_complete", "find_module", "install"]
 
 
 def build_skeleton(directory: Path, *, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
@@ -28,7 +28,9 @@ def build_skeleton(directory: Path, *, dtype: torch.dtype | None) -> transformer
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
-        raise LoadError(f"{directory / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
+        raise LoadError(
+            f"{directory / 'config.json'}: transformers cannot read it: {_first_line(error)}"
+        ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model_class = _model_class(config, directory)
@@ -49,28 +51,38 @@ def _first_line(error: Exception) -> str:
 def _model_class(config: Any, directory: Path) -> Any:
     names = config.architectures or []
     if not names:
-        raise LoadError(f"{directory / 'config.json'}: `architectures` names no model class; add the one it was saved with")
+        raise LoadError(
+            f"{directory / 'config.json'}: `architectures` names no model class; add the one it has"
+        )
     model_class = getattr(transformers, names[0], None)
     if model_class is None:
         raise LoadError(
-            f"{directory / 'config.json'}: transformers {transformers.__version__} has no model class {names[0]!r}; "
-            "upgrade transformers, or check `architectures`"
+            f"{directory / 'config.json'}: transformers {transformers.__version__} has no model class "
+            f"{names[0]!r}; upgrade transformers, or check `architectures`"
         )
     return model_class
 
 
-def install(model: nn.Module, name: str, tensor: torch.Tensor | nn.Parameter) -> None:
-    """Make `tensor` the parameter or buffer called `name`. Raises FormatError if the model has none of that shape."""
-    parent, _, leaf = name.rpartition(".")
+def find_module(model: nn.Module, name: str) -> nn.Module | None:
+    """The submodule called `name`, or None."""
     try:
-        module = model.get_submodule(parent)
-        current = module._parameters.get(leaf, module._buffers.get(leaf))
+        return model.get_submodule(name)
     except AttributeError:
-        current = None
-    if current is None:
+        return None
+
+
+def install(model: nn.Module, name: str, tensor: torch.Tensor | nn.Parameter) -> None:
+    """Make `tensor` the parameter or buffer called `name`. Raises FormatError if the model has none of that
+    shape."""
+    parent, _, leaf = name.rpartition(".")
+    module = find_module(model, parent)
+    current = None if module is None else module._parameters.get(leaf, module._buffers.get(leaf))
+    if module is None or current is None:
         raise FormatError(f"the checkpoint has a tensor {name!r}, the model {type(model).__name__} does not")
     if current.shape != tensor.shape:
-        raise FormatError(f"{name}: the model expects shape {list(current.shape)}, found {list(tensor.shape)}")
+        raise FormatError(
+            f"{name}: the model expects shape {list(current.shape)}, found {list(tensor.shape)}"
+        )
     if leaf in module._parameters:
         parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
         module._parameters[leaf] = parameter
@@ -84,4 +96,6 @@ def check_complete(model: nn.Module, directory: Path) -> None:
     missing = [name for name, tensor in named if tensor.device.type == "meta"]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise FormatError(f"{directory}: the checkpoint has no {', '.join(missing[:3])}{more}, which the model needs")
+        raise FormatError(
+            f"{directory}: the checkpoint has no {', '.join(missing[:3])}{more}, which the model needs"
+        )

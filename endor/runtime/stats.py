@@ -53,7 +53,8 @@ class RunStats:
 
 
 class StatsRecorder:
-    """Counts while a model runs; `snapshot` gives the totals. Owned by one runtime, used by one thread at a time."""
+    """Counts while a model runs; `snapshot` gives the totals. Owned by one runtime, used by one thread at a
+    time."""
 
     def __init__(self) -> None:
         self.forwards = 0
@@ -104,7 +105,8 @@ class StatsRecorder:
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process now (RssAnon): what it allocated, without mapped files. 0 where unknown."""
+    """Anonymous memory of this process now (RssAnon): what it allocated, without mapped files. 0 where
+    unknown."""
     try:
         text = Path("/proc/self/status").read_text()
     except OSError:

@@ -1,8 +1,8 @@
 """Streams a model's blocks: each block's weights are in memory from its forward's beginning to its end.
 
 Two public hooks per block (`register_forward_pre_hook`, `register_forward_hook(always_call=True)`) attach the
-compressed sections of the block's weights and take them away; two on the model count what a forward cost. `close`
-undoes all of it.
+compressed sections of the block's weights and take them away; two on the model count what a forward cost.
+`close` undoes all of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from endor.formats.checksums import verify_block
 from endor.formats.packed import PackedTensor
 from endor.formats.reader import BlockRange
 from endor.kernels.tensor import BitmapTensor
-from endor.loaders import Lease, LoadPlan, Prefetcher, ReadOp, Reader, StagingPool, Unit, read_unit
+from endor.loaders import Lease, LoadPlan, Prefetcher, Reader, ReadOp, StagingPool, Unit, read_unit
 from endor.runtime.placement import Placement
 from endor.runtime.scratch import DecodeScratch
 from endor.runtime.stats import RunStats, StatsRecorder
@@ -32,7 +32,8 @@ __all__ = ["Runtime", "WeightBlock"]
 
 @dataclass(frozen=True)
 class WeightBlock:
-    """A block whose weights are packed: the module that runs it, its bytes on disk, its weights by entry name."""
+    """A block whose weights are packed: the module that runs it, its bytes on disk, its weights by entry
+    name."""
 
     module: nn.Module
     home: BlockRange
@@ -46,7 +47,8 @@ class WeightBlock:
     def attach(self, memory: torch.Tensor) -> None:
         """Give every weight its sections in `memory`, uint8 [nbytes of the block].
 
-        A ring has few places for a block, so the views of each are made once: they would cost 0.2 ms per block.
+        A ring has few places for a block, so the views of each are made once: they would cost 0.2 ms per
+        block.
         """
         views = self._views.get(memory.data_ptr())
         if views is None:
@@ -72,8 +74,8 @@ class WeightBlock:
 class Runtime:
     """Keeps a model's compressed blocks where the placement says and brings the streamed ones in time.
 
-    A context manager; `close` (also called when the model is collected) removes the hooks, ends the threads and frees
-    the memory. After it the model's streamed weights cannot be used.
+    A context manager; `close` (also called when the model is collected) removes the hooks, ends the threads
+    and frees the memory. After it the model's streamed weights cannot be used.
 
     Args:
         model: whose blocks these are.
@@ -110,8 +112,7 @@ class Runtime:
         stats.sample_memory()
         self._finalizer = weakref.finalize(model, _close_parts, self._parts())
         self._model = weakref.ref(model)
-        model.endor_runtime = self
-        model.endor_stats = self.stats
+        vars(model).update(endor_runtime=self, endor_stats=self.stats)
 
     @property
     def ring_bytes(self) -> int:
@@ -138,12 +139,17 @@ class Runtime:
         """Most anonymous memory of the process seen after loading and after each forward."""
         return self._stats.peak_anonymous_bytes
 
+    def sample_memory(self) -> None:
+        """Look at the process's memory now, for `peak_anonymous_bytes`."""
+        self._stats.sample_memory()
+
     def stats(self) -> RunStats:
         """Totals since loading."""
         return self._stats.snapshot()
 
     def per_forward(self) -> tuple[RunStats, ...]:
-        """One entry per forward of the model: the first of a generation reads the prompt, each other makes one token."""
+        """One entry per forward of the model: the first of a generation reads the prompt, each other makes
+        one token."""
         return tuple(self._stats.per_forward)
 
     def close(self) -> None:
@@ -154,7 +160,7 @@ class Runtime:
         model = self._model()
         for name in ("endor_runtime", "endor_stats"):
             if model is not None and name in vars(model):
-                delattr(model, name)
+                del vars(model)[name]
         self._release_leases()
         for block in self._blocks:
             block.forget()
@@ -163,10 +169,12 @@ class Runtime:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
-    # ── setting up ────────────────────────────────────────────────────────────────────────────────────────────────
+    # Setting up.
 
     def _load_resident(self) -> StagingPool | None:
         """Read the resident blocks into one arena, where they are used in place."""
@@ -204,17 +212,27 @@ class Runtime:
         this = weakref.proxy(self)
         unit_of = {index: unit for unit, index in enumerate(self.placement.disk)}
         for index, block in enumerate(self._blocks):
-            before = _streamed_hook(this, block, unit_of[index]) if index in unit_of else _resident_hook(this, block)
+            before = (
+                _streamed_hook(this, block, unit_of[index])
+                if index in unit_of
+                else _resident_hook(this, block)
+            )
             self._handles.append(block.module.register_forward_pre_hook(before))
             if index in unit_of:
-                self._handles.append(block.module.register_forward_hook(_release_hook(this, block), always_call=True))
+                self._handles.append(
+                    block.module.register_forward_hook(_release_hook(this, block), always_call=True)
+                )
         self._handles.append(model.register_forward_pre_hook(lambda *_: this._begin_forward(), prepend=True))
         self._handles.append(model.register_forward_hook(lambda *_: this._end_forward(), always_call=True))
 
     def _parts(self) -> list[Any]:
-        return [part for part in (self._prefetcher, self.reader, self._scratch, self._resident) if part is not None]
+        return [
+            part
+            for part in (self._prefetcher, self.reader, self._scratch, self._resident)
+            if part is not None
+        ]
 
-    # ── while the model runs ──────────────────────────────────────────────────────────────────────────────────────
+    # While the model runs.
 
     def _begin_forward(self) -> None:
         self._release_leases()  # of a forward that Ctrl-C ended: torch runs no hooks for it

@@ -1,0 +1,191 @@
+"""A model, its tokenizer, and one generation with all that is worth knowing about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self
+
+import click
+import torch
+import transformers
+
+from endor.cli.options import format_size, say
+from endor.errors import LoadError, PlanError
+from endor.kernels import active_backend
+from endor.runtime import RunStats, Runtime, load, runtime_of
+
+__all__ = ["Generation", "Session", "SessionOptions"]
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """Options of `run-offloaded` that concern loading and generating."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    device: str
+    host_memory: int | None
+    reader: str
+    depth: int
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one generation made, took and moved."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    seconds: float
+    first_token_seconds: float
+    stats: RunStats
+    peak_host_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.token_ids) / self.seconds if self.seconds else 0.0
+
+    def to_json(self, runtime: Runtime) -> dict[str, Any]:
+        """The object that `run-offloaded --json` prints."""
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.token_ids),
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "first_token_seconds": self.first_token_seconds,
+            "bytes": self.stats.bytes_by_tier(),
+            "time": self.stats.seconds_by_part(),
+            "peak_memory": {"host": self.peak_host_bytes, "device": 0},
+            "placement": runtime.placement.counts(),
+            "reader": runtime.reader.name,
+            "kernel": active_backend("cpu"),
+        }
+
+
+class Session:
+    """A loaded model and tokenizer; a context manager that ends the streaming.
+
+    Raises LoadError, FormatError or PlanError when the model cannot be loaded.
+    """
+
+    def __init__(self, directory: Path, options: SessionOptions, *, quiet: bool) -> None:
+        self.options = options
+        transformers.utils.logging.set_verbosity_error()
+        say(f"loading {directory}", quiet=quiet)
+        began = perf_counter()
+        self.model = load(
+            directory,
+            device=options.device,
+            host_memory=options.host_memory,
+            reader=options.reader,
+            depth=options.depth,
+            dtype=options.dtype,
+        )
+        self.runtime = runtime_of(self.model)
+        self.tokenizer = self._load_tokenizer(directory)
+        say(f"loaded in {perf_counter() - began:.1f} s: {_describe(self.runtime)}", quiet=quiet)
+
+    def _load_tokenizer(self, directory: Path) -> Any:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(directory)
+        except (OSError, ValueError, KeyError) as error:
+            self.runtime.close()
+            reason = str(error).strip().split("\n", 1)[0]
+            raise LoadError(
+                f"{directory}: no usable tokenizer ({reason}); copy the source model's tokenizer files there"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.runtime.close()
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Token ids of a prompt, int64 [1, tokens]."""
+        return self._checked(self.tokenizer(text, return_tensors="pt")["input_ids"])
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> torch.Tensor:
+        """Token ids of a conversation, by the tokenizer's chat template. Raises PlanError where it has
+        none."""
+        if not self.tokenizer.chat_template:
+            raise PlanError("this model's tokenizer has no chat template; use --prompt instead of --chat")
+        encoded = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return self._checked(encoded["input_ids"])
+
+    def _checked(self, ids: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == 0:
+            raise PlanError("the tokenizer makes no token of this prompt; give a longer one")
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and ids.shape[1] + self.options.max_new_tokens > limit:
+            raise PlanError(
+                f"{ids.shape[1]} prompt tokens and --max-new-tokens {self.options.max_new_tokens} are more than "
+                f"the {limit} positions of this model; shorten the prompt or ask for fewer"
+            )
+        return ids.to(torch.int64)
+
+    def generate(self, ids: torch.Tensor, *, echo: bool) -> Generation:
+        """Continue `ids`, int64 [1, tokens]; with `echo` the text goes to stdout as it is made."""
+        torch.manual_seed(self.options.seed)
+        before, forwards = self.runtime.stats(), len(self.runtime.per_forward())
+        streamer = _Echo(self.tokenizer) if echo else None
+        began = perf_counter()
+        with torch.inference_mode():
+            out = self.model.generate(ids, streamer=streamer, **self._generation_options(ids))
+        seconds = perf_counter() - began
+        new = tuple(out[0, ids.shape[1] :].tolist())
+        self.runtime.sample_memory()
+        return Generation(
+            text=self.tokenizer.decode(new, skip_special_tokens=True),
+            token_ids=new,
+            prompt_tokens=ids.shape[1],
+            seconds=seconds,
+            first_token_seconds=self.runtime.per_forward()[forwards].wall_s,
+            stats=self.runtime.stats() - before,
+            peak_host_bytes=self.runtime.peak_anonymous_bytes,
+        )
+
+    def _generation_options(self, ids: torch.Tensor) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": self.options.max_new_tokens,
+            "do_sample": self.options.temperature > 0,
+        }
+        if options["do_sample"]:
+            options |= {"temperature": self.options.temperature, "top_p": self.options.top_p, "top_k": 0}
+        else:
+            options |= {"temperature": None, "top_p": None, "top_k": None}
+        if self.tokenizer.pad_token_id is None:
+            options["pad_token_id"] = self.tokenizer.eos_token_id
+        return options
+
+
+class _Echo(transformers.TextStreamer):
+    """Writes text to stdout as it is made, without the prompt."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        click.echo(text, nl=stream_end)
+
+
+def _describe(runtime: Runtime) -> str:
+    tiers = runtime.placement.counts()
+    text = f"{tiers['host']} blocks in memory, {tiers['disk']} streamed"
+    if runtime.streamed_bytes:
+        per_token, buffers = format_size(runtime.streamed_bytes), format_size(runtime.ring_bytes)
+        text += f" ({per_token} per token, {buffers} of buffers)"
+    return text
