@@ -15,10 +15,22 @@ ALLOWED: dict[str, frozenset[str]] = {
     "endor.loaders": frozenset({"endor.errors", "endor.formats"}),
     "endor.kernels": frozenset({"endor.errors", "endor.formats"}),
     "endor.pruning": frozenset({"endor.errors"}),
-    "endor.convert": frozenset({"endor.errors", "endor.formats", "endor.kernels", "endor.pruning"}),
-    "endor.runtime": frozenset({"endor.errors", "endor.formats", "endor.kernels", "endor.loaders"}),
+    "endor.checkpoint": frozenset({"endor.errors", "endor.formats", "endor.kernels"}),
+    "endor.convert": frozenset(
+        {"endor.errors", "endor.formats", "endor.kernels", "endor.pruning", "endor.checkpoint"}
+    ),
+    "endor.runtime": frozenset(
+        {"endor.errors", "endor.formats", "endor.kernels", "endor.loaders", "endor.checkpoint"}
+    ),
     "endor.integrations": frozenset(
-        {"endor.errors", "endor.formats", "endor.kernels", "endor.loaders", "endor.runtime"}
+        {
+            "endor.errors",
+            "endor.formats",
+            "endor.kernels",
+            "endor.loaders",
+            "endor.checkpoint",
+            "endor.runtime",
+        }
     ),
 }
 # The command line and the top of the package see everything; scripts and tests are outside.
@@ -34,7 +46,7 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def package_of(module: str) -> str:
-    """`endor.formats.codecs.raw` belongs to `endor.formats`; a plain name, `endor.__version__`, to `endor`."""
+    """`endor.formats.codecs.raw` belongs to `endor.formats`; `endor.__version__` to `endor`."""
     parts = module.split(".")
     name = ".".join(parts[:2])
     return name if name in ALLOWED or name in UNRESTRICTED else "endor"
