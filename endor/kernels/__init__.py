@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
-from endor.kernels.dispatch import active_backend, backends, decode, decode_rows, encode
+from endor.kernels.dispatch import decode, decode_rows, encode
+from endor.kernels.registry import active_backend, backends
 
 __all__ = ["active_backend", "backends", "decode", "decode_rows", "encode"]

@@ -14,8 +14,8 @@ __all__ = ["Backend"]
 class Backend(ABC):
     """One implementation of every kernel.
 
-    Callers go through `endor.kernels`, which has already checked dtypes, shapes, devices and contiguity; a backend
-    checks only what it alone can see: the contents of the sections, which come from files and may lie.
+    Callers go through `endor.kernels`, which has already checked dtypes, shapes, devices and contiguity; a
+    backend checks only what it alone can see: the contents of the sections, which come from files and may lie.
     """
 
     name: str

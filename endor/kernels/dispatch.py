@@ -11,24 +11,11 @@ from torch import Tensor
 from endor.errors import KernelError
 from endor.formats.codecs import CODECS
 from endor.formats.packed import DENSE_SECTION, MASKS, PackedTensor, TensorLayout
-from endor.kernels.backend import Backend, rows_of
-from endor.kernels.native_backend import native_backends
-from endor.kernels.reference import ReferenceBackend
+from endor.kernels.backend import rows_of
+from endor.kernels.ops import bitmap_decode_raw
+from endor.kernels.registry import choose
 
-__all__ = ["active_backend", "backends", "decode", "decode_rows", "encode"]
-
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (*native_backends(), ReferenceBackend())}
-"""Fastest first."""
-
-
-def backends() -> tuple[str, ...]:
-    """Names of the backends that work on this machine, fastest first; each is accepted as `backend=`."""
-    return tuple(_BACKENDS)
-
-
-def active_backend(device: torch.device | str = "cpu", *, codec: str = "raw") -> str:
-    """Name of the backend that `decode` uses on `device`, instruction set included (`native-avx512`)."""
-    return _choose(None, codec, torch.device(device)).name
+__all__ = ["decode", "decode_rows", "encode"]
 
 
 def encode(
@@ -51,7 +38,7 @@ def encode(
         layout = TensorLayout(tuple(source.shape), source.dtype, "dense", "raw", source.numel())
         copied = source.data_ptr() != weight.data_ptr()
         return PackedTensor(layout, {DENSE_SECTION: source if copied else source.clone()})
-    return _choose(backend, values, source.device).encode(source, values)
+    return choose(backend, values, source.device).encode(source, values)
 
 
 def decode(packed: PackedTensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -62,8 +49,8 @@ def decode(packed: PackedTensor, *, out: Tensor | None = None, backend: str | No
         out: contiguous tensor of the layout's shape and dtype to write to; a new one by default.
         backend: one of `backends()`; the fastest one by default.
 
-    Raises FormatError where the contents contradict each other (then `out` is undefined), KernelError for an `out`
-    or a backend that does not fit.
+    Raises FormatError where the contents contradict each other (then `out` is undefined), KernelError for an
+    `out` or a backend that does not fit.
     """
     layout = packed.layout
     if out is None:
@@ -72,26 +59,32 @@ def decode(packed: PackedTensor, *, out: Tensor | None = None, backend: str | No
         _check_out(out, layout.shape, packed)
     if layout.is_plain:
         return out.copy_(packed.sections[DENSE_SECTION])
-    _choose(backend, layout.codec, packed.device).decode(packed, 0, layout.geometry.row_blocks, out)
+    if _is_traced(out):
+        sections = packed.sections
+        bitmap_decode_raw(sections["bitmap"], sections["row_offsets"], sections["values"], out)
+    else:
+        choose(backend, layout.codec, packed.device).decode(packed, 0, layout.geometry.row_blocks, out)
     return out
 
 
 def decode_rows(
     packed: PackedTensor, start_block: int, stop_block: int, out: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """Decode row blocks [start_block, stop_block), each of `layout.geometry.row_block` rows, to `out` [rows, cols].
+    """Decode row blocks [start_block, stop_block) to `out` [rows, cols].
 
-    Only the blocks that are decoded are checked. Raises as `decode` does.
+    A row block is `layout.geometry.row_block` rows, the last one may be shorter. Only the blocks that are decoded are checked. Raises as `decode` does.
     """
     layout = packed.layout
     if not 0 <= start_block <= stop_block <= layout.geometry.row_blocks:
-        raise KernelError(f"row blocks {start_block} to {stop_block} of {layout.geometry.row_blocks} do not exist")
+        raise KernelError(
+            f"row blocks {start_block} to {stop_block} of {layout.geometry.row_blocks} do not exist"
+        )
     rows = rows_of(layout, start_block, stop_block)
     _check_out(out, (len(rows), layout.geometry.cols), packed)
     if layout.is_plain:
         dense = packed.sections[DENSE_SECTION].view(layout.geometry.rows, layout.geometry.cols)
         return out.copy_(dense[rows.start : rows.stop])
-    _choose(backend, layout.codec, packed.device).decode(packed, start_block, stop_block, out)
+    choose(backend, layout.codec, packed.device).decode(packed, start_block, stop_block, out)
     return out
 
 
@@ -103,19 +96,12 @@ def _check_out(out: Tensor, shape: tuple[int, ...], packed: PackedTensor) -> Non
         or not out.is_contiguous()
     ):
         raise KernelError(
-            f"out must be a contiguous {packed.layout.dtype} tensor of shape {list(shape)} on {packed.device}, "
-            f"found {out.dtype}{list(out.shape)} with strides {list(out.stride())} on {out.device}"
+            f"out must be a contiguous {packed.layout.dtype} tensor of shape {list(shape)} "
+            f"on {packed.device}, found {out.dtype}{list(out.shape)} with strides {list(out.stride())} "
+            f"on {out.device}"
         )
 
 
-def _choose(name: str | None, codec: str, device: torch.device) -> Backend:
-    if name is None:
-        for backend in _BACKENDS.values():
-            if backend.supports(codec, device):
-                return backend
-        raise KernelError(f"no backend can run codec {codec} on {device}")
-    if name not in _BACKENDS:
-        raise KernelError(f"unknown backend {name!r}; this machine has {', '.join(_BACKENDS)}")
-    if not _BACKENDS[name].supports(codec, device):
-        raise KernelError(f"backend {name} cannot run codec {codec} on {device}")
-    return _BACKENDS[name]
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether a kernel could not take `tensor`'s address: fake and functional tensors are subclasses."""
+    return torch.compiler.is_compiling() or type(tensor) not in {Tensor, torch.nn.Parameter}

@@ -1,7 +1,7 @@
 """The C++ kernels, one backend per instruction set this machine has.
 
-The extension `endor.kernels._native` is optional: without it `backends()` is empty and `endor.kernels` falls back to
-`reference`. It takes addresses and sizes; everything that could make an address wrong is checked here or in
+The extension `endor.kernels._native` is optional: without it there is no native backend and `reference` does the
+work. It takes addresses and sizes; everything that could make an address wrong is checked here or in
 `endor.kernels.dispatch` first, and everything a file could lie about is checked in C++.
 """
 
@@ -74,40 +74,24 @@ class NativeBackend(Backend):
         return PackedTensor(layout, sections)
 
     def decode(self, packed: PackedTensor, start_block: int, stop_block: int, out: Tensor) -> None:
-        layout, sections = packed.layout, packed.sections
-        self.decode_raw(
-            layout.geometry, sections["bitmap"], sections["row_offsets"], sections["values"], out, start_block, stop_block
-        )
-
-    def decode_raw(
-        self,
-        g: Geometry,
-        bitmap: Tensor,
-        row_offsets: Tensor,
-        values: Tensor,
-        out: Tensor,
-        start_block: int,
-        stop_block: int,
-    ) -> None:
-        """Decode row blocks [start_block, stop_block) to `out`; sections and `out` must fit `g`, contiguous."""
-        itemsize = out.dtype.itemsize
-        row_offsets, values = _aligned(row_offsets), _aligned(values)
+        g, sections = packed.layout.geometry, packed.sections
+        row_offsets, values = _aligned(sections["row_offsets"]), _aligned(sections["values"])
         failure = self._decode(
             self._isa,
             torch.get_num_threads(),
             g.rows,
             g.cols,
             g.row_block,
-            values.numel(),
+            packed.layout.nnz,
             _size_log2(out),
-            bitmap.data_ptr(),
+            sections["bitmap"].data_ptr(),
             row_offsets.data_ptr(),
             row_offsets.dtype == torch.int64,
             values.data_ptr(),
             out.data_ptr(),
             start_block,
             stop_block,
-            out.numel() * itemsize >= STREAMING_BYTES,
+            out.nbytes >= STREAMING_BYTES,
         )
         if failure >= 0:
             raise FormatError(f"row block {failure // 4}: {_RULES[failure % 4]}")

@@ -1,7 +1,7 @@
 """Ground truth: every kernel in plain torch, on any device, with clarity before speed (0.03x memcpy).
 
-A value is kept when its bits are not all zero, so all arithmetic happens on integer views: -0.0 is kept, NaN payloads
-and subnormals pass through untouched.
+A value is kept when its bits are not all zero, so all arithmetic happens on integer views: -0.0 is kept, NaN
+payloads and subnormals pass through untouched.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def as_bits(tensor: Tensor) -> Tensor:
 
 
 def pack_bitmap(keep: Tensor) -> Tensor:
-    """bool [rows, cols] -> uint8 [rows, words_per_row * 8], bit i of byte j being column 8j + i; padding bits zero."""
+    """bool [rows, cols] -> uint8 [rows, words_per_row * 8]: bit i of byte j is column 8j + i, padding is zero."""
     rows, cols = keep.shape
     words_per_row = -(-cols // WORD_BITS)
     padded = torch.zeros(rows, words_per_row * WORD_BITS, dtype=torch.uint8, device=keep.device)
@@ -54,7 +54,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
 
-    def supports(self, codec: str, device: torch.device) -> bool:
+    def supports(self, codec: str, device: torch.device) -> bool:  # noqa: ARG002 - works everywhere
         return codec == "raw"
 
     def encode(self, weight: Tensor, codec: str) -> PackedTensor:
@@ -84,8 +84,9 @@ def _checked_span(packed: PackedTensor, per_row: Tensor, start_block: int, stop_
     layout = packed.layout
     offsets = packed.sections["row_offsets"][start_block : stop_block + 1].to(torch.int64)
     first, last = int(offsets[0]), int(offsets[-1])
-    whole = start_block == 0 and stop_block == layout.geometry.row_blocks
-    if first < 0 or last > layout.nnz or (whole and (first, last) != (0, layout.nnz)):
+    starts_wrong = first < 0 or (start_block == 0 and first != 0)
+    stops_wrong = last > layout.nnz or (stop_block == layout.geometry.row_blocks and last != layout.nnz)
+    if starts_wrong or stops_wrong:
         raise FormatError(f"row_offsets must run from 0 to nnz {layout.nnz}, found {first} to {last}")
     rows = rows_of(layout, start_block, stop_block)
     part = replace(layout.geometry, rows=len(rows))
