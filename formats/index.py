@@ -82,7 +82,7 @@ def load_json_file(path: Path, *, missing: str) -> dict[str, Any]:
         raise LoadError(f"{path.parent}: {missing}", errno=error.errno) from error
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror}", errno=error.errno) from error
-    return load_object(raw, where=str(path))
+    return load_object(raw, where=str(path), constants=constants)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -91,13 +91,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises LoadError where it cannot be read, FormatError otherwise.
     """
     path = directory / CONFIG_NAME
-    config = load_json_file(path, missing=_missing_config(directory))
+    # transformers writes Infinity into some configurations (Mamba's time_step_limit).
+    config = load_json_file(path, missing=_missing_config(directory), constants=True)
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if not isinstance(quantization, dict) or method != QUANT_METHOD:
         raise FormatError(
             f"{path}: this is not an Endor checkpoint (quantization_config.quant_method is {short(method)}, "
-            f"expected {QUANT_METHOD!r}); convert it first: convert-model {directory} OUT [F24]"
+            f"expected {QUANT_METHOD!r}); convert it first: convert-model {directory} OUT [F23]"
         )
     check_version(quantization.get("format_version"), where=f"{path}: quantization_config")
     return config
@@ -127,18 +128,18 @@ def read_index(directory: Path) -> Index:
 def _parse_index(index: Mapping[str, Any], path: Path) -> Index:
     metadata, weight_map = index.get("metadata"), index.get("weight_map")
     if not isinstance(metadata, dict) or not isinstance(weight_map, dict):
-        raise FormatError("expected the objects metadata and weight_map [F20]")
+        raise FormatError("expected the objects metadata and weight_map [F19]")
     endor = metadata.get("endor")
     if isinstance(endor, dict):
         check_version(endor.get("format_version"), where="metadata.endor")
-    endor = mapping(endor, {"format_version", "files"}, where="metadata.endor", rule="F20")
+    endor = mapping(endor, {"format_version", "files"}, where="metadata.endor", rule="F19")
     files = endor["files"]
     _check_shard_names(files)
     tensors: dict[str, set[str]] = {name: set() for name in files}
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or name not in files:
             raise FormatError(
-                f"weight_map puts {short(tensor)} into {short(name)}, which is not a shard [F22]"
+                f"weight_map puts {short(tensor)} into {short(name)}, which is not a shard [F21]"
             )
         tensors[name].add(tensor)
     shards = tuple(
@@ -149,20 +150,20 @@ def _parse_index(index: Mapping[str, Any], path: Path) -> Index:
 
 def _check_shard_names(files: object) -> None:
     if not isinstance(files, dict) or not files:
-        raise FormatError(f"metadata.endor.files must name at least one shard, found {short(files)} [F20]")
+        raise FormatError(f"metadata.endor.files must name at least one shard, found {short(files)} [F19]")
     expected = {shard_name(number, len(files)) for number in range(len(files))}
     for name in sorted(files.keys() - expected):
         raise FormatError(
             f"metadata.endor.files names {short(name)}; {len(files)} shards are called "
-            f"{shard_name(0, len(files))} and so on [F20]"
+            f"{shard_name(0, len(files))} and so on [F19]"
         )
 
 
 def _record(path: Path, raw: object, tensors: frozenset[str]) -> ShardRecord:
-    raw = mapping(raw, {"bytes", "header_checksum"}, where=path.name, rule="F20")
+    raw = mapping(raw, {"bytes", "header_checksum"}, where=path.name, rule="F19")
     nbytes = integer(raw["bytes"], where=f"{path.name}: bytes")
     if not isinstance(raw["header_checksum"], str):
-        raise FormatError(f"{path.name}: header_checksum must be a string [F20]")
+        raise FormatError(f"{path.name}: header_checksum must be a string [F19]")
     return ShardRecord(path, nbytes, raw["header_checksum"], tensors)
 
 
@@ -175,7 +176,7 @@ def read_shard(record: ShardRecord) -> Header:
     header, data = read_header(path)
     if header.file_bytes != record.nbytes:
         raise FormatError(
-            f"{path}: expected {record.nbytes} bytes (from {INDEX_NAME}), found {header.file_bytes} [F21]"
+            f"{path}: expected {record.nbytes} bytes (from {INDEX_NAME}), found {header.file_bytes} [F20]"
         )
     found = f"{checksum(data):016x}"
     if record.header_checksum != found:
@@ -183,7 +184,7 @@ def read_shard(record: ShardRecord) -> Header:
             f"{path}: expected header checksum {short(record.header_checksum)} (from {INDEX_NAME}), found "
             f"{found!r}. "
             "The file is damaged, or belongs to another conversion: copy it again or convert the model again "
-            "[F21]"
+            "[F20]"
         )
     _check_tensors(record, {name for entry in header.entries.values() for name in entry.tensor_names()})
     return header
@@ -191,10 +192,10 @@ def read_shard(record: ShardRecord) -> Header:
 
 def _check_tensors(record: ShardRecord, found: set[str]) -> None:
     for name in sorted(record.tensors - found):
-        raise FormatError(f"{record.path}: tensor {short(name)} (from {INDEX_NAME}) is missing [F22]")
+        raise FormatError(f"{record.path}: tensor {short(name)} (from {INDEX_NAME}) is missing [F21]")
     for name in sorted(found - record.tensors):
         raise FormatError(
-            f"{record.path}: tensor {short(name)} is not in the weight_map of {INDEX_NAME} [F22]"
+            f"{record.path}: tensor {short(name)} is not in the weight_map of {INDEX_NAME} [F21]"
         )
 
 
@@ -205,7 +206,7 @@ def check_shards(index: Index, headers: Mapping[Path, Header]) -> None:
     total = sum(header.payload_bytes for header in headers.values())
     if index.total_size != total:
         raise FormatError(
-            f"{index.path}: expected a total_size of {total} bytes, found {index.total_size} [F23]"
+            f"{index.path}: expected a total_size of {total} bytes, found {index.total_size} [F22]"
         )
 
 

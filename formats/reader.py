@@ -53,7 +53,7 @@ def is_endor_checkpoint(directory: Path) -> bool:
     """Whether the config.json in `directory` says that its weights are Endor's. Never raises for bad "
     "files."""
     try:
-        config = load_json_file(directory / CONFIG_NAME, missing="")
+        config = load_json_file(directory / CONFIG_NAME, missing="", constants=True)
     except (LoadError, FormatError):
         return False
     quantization = config.get("quantization_config")

@@ -29,11 +29,13 @@ def short(value: object) -> str:
     return _BRIEF.repr(value)
 
 
-def load_object(raw: bytes | str, *, where: str) -> dict[str, Any]:
-    """Parse one JSON object. Raises FormatError that starts with `where`."""
+def load_object(raw: bytes | str, *, where: str, constants: bool = False) -> dict[str, Any]:
+    """Parse one JSON object; `constants` allows NaN and Infinity. Raises FormatError that starts with `where`."""
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
-        loaded = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        loaded = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=float if constants else _no_constant
+        )
         if _SURROGATE.search(text):  # a pair is fine, half of one cannot be encoded again
             json.dumps(loaded, ensure_ascii=False).encode("utf-8")
     except FormatError as error:

@@ -232,7 +232,7 @@ class CheckpointWriter:
 
     def __init__(self, directory: Path, *, shards: int) -> None:
         if not 1 <= shards <= 99_999:
-            raise FormatError(f"{directory}: a checkpoint has 1 to 99999 shards, asked for {shards} [F20]")
+            raise FormatError(f"{directory}: a checkpoint has 1 to 99999 shards, asked for {shards} [F19]")
         self.directory = directory
         self.shards = shards
         with _write_errors(directory):

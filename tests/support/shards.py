@@ -20,7 +20,9 @@ INDEX = "model.safetensors.index.json"
 Entries = Mapping[str, torch.Tensor | PackedTensor]
 
 
-def pruned(*shape: int, dtype: torch.dtype = torch.bfloat16, density: float = 0.5, seed: int = 0) -> torch.Tensor:
+def pruned(
+    *shape: int, dtype: torch.dtype = torch.bfloat16, density: float = 0.5, seed: int = 0
+) -> torch.Tensor:
     """A random tensor whose elements are zero with probability 1 - density."""
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(shape, generator=generator) < density
@@ -118,7 +120,9 @@ def repair_index(directory: Path) -> None:
     for name, record in index["metadata"]["endor"]["files"].items():
         raw = (directory / name).read_bytes()
         record["bytes"] = len(raw)
-        record["header_checksum"] = f"{xxhash.xxh3_64_intdigest(raw[: 8 + int.from_bytes(raw[:8], 'little')]):016x}"
+        record["header_checksum"] = (
+            f"{xxhash.xxh3_64_intdigest(raw[: 8 + int.from_bytes(raw[:8], 'little')]):016x}"
+        )
     (directory / INDEX).write_text(json.dumps(index))
 
 
