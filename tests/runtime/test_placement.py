@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, strategies as st
 
@@ -34,7 +36,7 @@ def test_spread_has_the_count_and_even_gaps(total: int, count: int) -> None:
     count = min(count, total)
     chosen = spread(count, total)
     assert len(chosen) == count
-    gaps = [b - a for a, b in zip(chosen, chosen[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
