@@ -73,7 +73,7 @@ class Index:
     total_size: int
 
 
-def load_json_file(path: Path, *, missing: str) -> dict[str, Any]:
+def load_json_file(path: Path, *, missing: str, constants: bool = False) -> dict[str, Any]:
     """The JSON object in `path`. Raises LoadError (with `missing` if there is no such file) or "
     "FormatError."""
     try:
