@@ -1,5 +1,4 @@
-"""Section checksums: xxh3-64 with seed 0, fast enough (tens of GB/s) to check every section on its first "
-"read."""
+"""Section checksums: xxh3-64, fast enough (tens of GB/s) to check every section on its first read."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ def checksum(data: memoryview | bytes) -> int:
 
 
 def verify_section(entry: TensorEntry, section: Section, data: memoryview, *, file: str) -> None:
-    """Compare `data` with the checksum in the header. Raises ChecksumError that names file, entry and "
-    "section."""
+    """Compare `data` with its checksum. Raises ChecksumError that names file, entry and section."""
     found = checksum(data)
     if found != section.checksum:
         raise ChecksumError(

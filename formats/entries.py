@@ -97,8 +97,7 @@ class Block:
         self._check_order()
 
     def _check_order(self) -> None:
-        """Check that the sections lie inside the block, in order, with no more filler than alignment asks "
-        "for."""
+        """Check that the sections lie inside the block, in order, with little filler between."""
         position = self.begin
         for entry in self.entries:
             for section in entry.sections:

@@ -74,8 +74,7 @@ class Index:
 
 
 def load_json_file(path: Path, *, missing: str, constants: bool = False) -> dict[str, Any]:
-    """The JSON object in `path`. Raises LoadError (with `missing` if there is no such file) or "
-    "FormatError."""
+    """The JSON object in `path`. Raises LoadError (saying `missing` if there is none) or FormatError."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError as error:
@@ -200,8 +199,7 @@ def _check_tensors(record: ShardRecord, found: set[str]) -> None:
 
 
 def check_shards(index: Index, headers: Mapping[Path, Header]) -> None:
-    """Check what no shard can check alone: names across shards, and the size of them all. Raises "
-    "FormatError."""
+    """Check what no shard can alone: names across shards and their total size. Raises FormatError."""
     _check_names(headers)
     total = sum(header.payload_bytes for header in headers.values())
     if index.total_size != total:

@@ -45,8 +45,7 @@ SECTION_ALIGNMENT_BYTES = 64
 WORD_BITS = 64
 """Bitmap rows are padded to whole words of this many bits."""
 ROW_BLOCK_ELEMENTS = 4096
-"""A row offset is stored for every run of rows that holds at least this many elements: 32 / 4096 < 0.01 "
-"b/w."""
+"""A row offset is stored per run of rows with at least this many elements: 32 / 4096 < 0.01 b/w."""
 MAX_INTEGER = 2**62
 """No integer of a header is larger, so that sums and differences of two fit 64 signed bits."""
 MAX_ELEMENTS = 2**59
@@ -76,8 +75,7 @@ class Geometry:
 
     @classmethod
     def of(cls, shape: tuple[int, ...]) -> Geometry:
-        """Geometry of `shape`; a vector is one row. Raises FormatError for a scalar or an impossible "
-        "shape."""
+        """Geometry of `shape`; a vector is one row. Raises FormatError for a scalar or an overflow."""
         if not shape:
             raise FormatError("a scalar has no rows and cannot be packed; store it dense")
         check_shape(shape)

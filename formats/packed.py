@@ -1,5 +1,4 @@
-"""A packed tensor in memory: what it stands for (`TensorLayout`) and the sections that hold it "
-"(`PackedTensor`)."""
+"""A packed tensor in memory: what it stands for (`TensorLayout`), and its sections (`PackedTensor`)."""
 
 from __future__ import annotations
 
@@ -126,8 +125,7 @@ def offsets_dtype(nnz: int) -> torch.dtype:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A layout and the tensors of its sections, checked against each other when constructed (sizes, not "
-    "contents)."""
+    """A layout and its sections, checked against each other when constructed (sizes, not contents)."""
 
     layout: TensorLayout
     sections: Mapping[str, torch.Tensor] = field(repr=False)

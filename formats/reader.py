@@ -50,8 +50,7 @@ class BlockRange:
 
 
 def is_endor_checkpoint(directory: Path) -> bool:
-    """Whether the config.json in `directory` says that its weights are Endor's. Never raises for bad "
-    "files."""
+    """Whether config.json in `directory` says that its weights are Endor's. Never raises for bad files."""
     try:
         config = load_json_file(directory / CONFIG_NAME, missing="", constants=True)
     except (LoadError, FormatError):
@@ -154,8 +153,7 @@ class CheckpointReader:
         return PackedTensor(entry.layout, sections)
 
     def read_block(self, home: BlockRange) -> torch.Tensor:
-        """Read the bytes of a block into a fresh uint8 tensor [nbytes]; checksums are the caller's "
-        "business."""
+        """Read a block into a fresh uint8 tensor [nbytes]; checksums are the caller's business."""
         raw = torch.empty(home.nbytes, dtype=torch.uint8)
         self._read_into(home, 0, raw.numpy().data)
         return raw

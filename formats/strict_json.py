@@ -30,8 +30,7 @@ def short(value: object) -> str:
 
 
 def load_object(raw: bytes | str, *, where: str, constants: bool = False) -> dict[str, Any]:
-    """Parse one JSON object; `constants` allows NaN and Infinity. Raises FormatError that starts with "
-    "`where`."""
+    """Parse one JSON object; `constants` allows NaN and Infinity. FormatErrors start with `where`."""
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
         loaded = json.loads(

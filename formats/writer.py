@@ -130,8 +130,7 @@ class ShardWriter:
     def add(
         self, name: str, tensor: PackedTensor | torch.Tensor, *, aliases: Sequence[str] = ()
     ) -> TensorEntry:
-        """Append an entry to the open block; a torch.Tensor is stored as it is. Returns the entry as "
-        "recorded."""
+        """Append an entry to the open block; a torch.Tensor is stored as it is. Returns what was recorded."""
         if self._entries is None:
             raise FormatError(f"{self._path}: entry {name!r} is added outside a block")
         packed = plain(tensor) if isinstance(tensor, torch.Tensor) else tensor
@@ -245,8 +244,7 @@ class CheckpointWriter:
         return self.directory / shard_name(number, self.shards)
 
     def has_shard(self, number: int) -> bool:
-        """Whether shard `number` is finished: its file is there under its final name. Its header is "
-        "checked."""
+        """Whether shard `number` is finished, that is, under its final name. Its header is checked."""
         path = self.shard_path(number)
         if not path.exists():
             return False
