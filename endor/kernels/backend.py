@@ -15,7 +15,8 @@ class Backend(ABC):
     """One implementation of every kernel.
 
     Callers go through `endor.kernels`, which has already checked dtypes, shapes, devices and contiguity; a
-    backend checks only what it alone can see: the contents of the sections, which come from files and may lie.
+    backend checks only what it alone can see: the contents of the sections, which come from files and may
+    lie.
     """
 
     name: str

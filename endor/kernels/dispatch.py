@@ -72,7 +72,8 @@ def decode_rows(
 ) -> Tensor:
     """Decode row blocks [start_block, stop_block) to `out` [rows, cols].
 
-    A row block is `layout.geometry.row_block` rows, the last one may be shorter. Only the blocks that are decoded are checked. Raises as `decode` does.
+    A row block is `layout.geometry.row_block` rows, the last one may be shorter. Only the blocks that are
+    decoded are checked. Raises as `decode` does.
     """
     layout = packed.layout
     if not 0 <= start_block <= stop_block <= layout.geometry.row_blocks:

@@ -1,8 +1,8 @@
 """The C++ kernels, one backend per instruction set this machine has.
 
-The extension `endor.kernels._native` is optional: without it there is no native backend and `reference` does the
-work. It takes addresses and sizes; everything that could make an address wrong is checked here or in
-`endor.kernels.dispatch` first, and everything a file could lie about is checked in C++.
+The extension `endor.kernels._native` is optional: without it there is no native backend and `reference`
+does the work. It takes addresses and sizes; everything that could make an address wrong is checked here or
+in `endor.kernels.dispatch` first, and everything a file could lie about is checked in C++.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class NativeBackend(Backend):
             offsets.data_ptr(),
             values.ctypes.data,
         )
-        # How many values there are is known only afterwards. Shrinking gives the untouched rest back without a copy.
+        # How many values there are is known only afterwards. Shrinking gives the untouched rest back
+        # without a copy.
         values.resize(nnz * weight.dtype.itemsize, refcheck=False)
         layout = TensorLayout(shape, weight.dtype, "bitmap", codec, nnz)
         sections = {

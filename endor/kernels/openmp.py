@@ -1,7 +1,7 @@
 """Finds the OpenMP runtime that torch itself uses, so that native kernels run on torch's own threads.
 
-Torch's workers spin for a while after each parallel region. A second set of threads would compete with them for
-the same cores; see docs/design/kernels.md for what that costs.
+Torch's workers spin for a while after each parallel region. A second set of threads would compete with them
+for the same cores; see docs/design/kernels.md for what that costs.
 """
 
 from __future__ import annotations

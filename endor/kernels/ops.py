@@ -1,7 +1,8 @@
 """Decoding as a torch operator, so that torch.compile and its relatives can trace through it.
 
-Eager calls of `endor.kernels.decode` go straight to a backend; what is being traced comes here. The operator is
-defined through `torch.library.Library`: a call costs 1.5 us, of one made by `torch.library.custom_op` 11.5 us.
+Eager calls of `endor.kernels.decode` go straight to a backend; what is being traced comes here. The
+operator is defined through `torch.library.Library`: a call costs 1.5 us, of one made by
+`torch.library.custom_op` 11.5 us.
 """
 
 from __future__ import annotations
@@ -45,4 +46,4 @@ LIBRARY.impl("bitmap_decode_raw", _decode_raw, "CompositeExplicitAutograd")
 torch.library.register_fake("endor::bitmap_decode_raw", _decode_raw_fake, lib=LIBRARY)
 
 bitmap_decode_raw = torch.ops.endor.bitmap_decode_raw.default
-"""Decode a `bitmap`/`raw` tensor into the contiguous `out`, whose shape and dtype say what the sections hold."""
+"""Decode a `bitmap`/`raw` tensor into the contiguous `out`, whose shape and dtype say what they hold."""

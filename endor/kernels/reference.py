@@ -27,7 +27,7 @@ def as_bits(tensor: Tensor) -> Tensor:
 
 
 def pack_bitmap(keep: Tensor) -> Tensor:
-    """bool [rows, cols] -> uint8 [rows, words_per_row * 8]: bit i of byte j is column 8j + i, padding is zero."""
+    """bool [rows, cols] -> uint8 [rows, words_per_row * 8]; bit i of byte j is column 8j + i."""
     rows, cols = keep.shape
     words_per_row = -(-cols // WORD_BITS)
     padded = torch.zeros(rows, words_per_row * WORD_BITS, dtype=torch.uint8, device=keep.device)

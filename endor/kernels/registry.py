@@ -51,8 +51,8 @@ def _named(name: str, codec: str, device: torch.device) -> Backend:
 def _warn_slow() -> None:
     """Once per process (`warnings` shows a message of one line of code once)."""
     warnings.warn(
-        "the native extension of Endor is not installed: encoding and decoding run in plain torch, about fifty "
-        "times slower. Install a C++ compiler and reinstall endor-offload",
+        "the native extension of Endor is not installed: encoding and decoding run in plain torch, about "
+        "fifty times slower. Install a C++ compiler and reinstall endor-offload",
         RuntimeWarning,
         stacklevel=2,
     )
