@@ -7,6 +7,7 @@ bound in the same run.
 
 from __future__ import annotations
 
+import ctypes
 import datetime as dt
 import json
 import mmap
@@ -43,6 +44,8 @@ __all__ = [
     "environment",
     "environment_line",
     "files_of",
+    "forget_mappings",
+    "hush_transformers",
     "median",
     "print_table",
     "read_from_disk_bytes",
@@ -106,7 +109,7 @@ def _kernel_count(path: str, key: str) -> int:
 
 
 class MemorySampler:
-    """The most anonymous memory another process has had inside the `with`; sampling costs that process nothing."""
+    """The most anonymous memory another process has had inside the `with`; sampling costs it nothing."""
 
     def __init__(self, pid: int, *, period_s: float = 0.01) -> None:
         self.peak_bytes = 0
@@ -142,17 +145,16 @@ def files_of(directory: Path, *suffixes: str) -> list[Path]:
 
 
 def drop_cache(files: Iterable[Path]) -> None:
-    """Drop files from the page cache, and this process's mappings of them, whose pages would stay otherwise."""
+    """Drop files from the page cache, also what this process maps: mapped pages would stay otherwise."""
     paths = list(files)
-    _forget_mappings({str(path.resolve()) for path in paths})
+    forget_mappings(paths)
     for path in paths:
         drop_from_page_cache(path)
 
 
-def _forget_mappings(paths: set[str]) -> None:
-    """Unmap the pages (not the ranges) of private file mappings; the next touch faults them in again."""
-    import ctypes
-
+def forget_mappings(files: Iterable[Path]) -> None:
+    """Give up the pages of this process's private mappings of files; a touch brings them back."""
+    paths = {str(path.resolve()) for path in files}
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -255,6 +257,14 @@ def write_json(path: Path | None, report: Mapping[str, Any]) -> None:
         print(text)
     else:
         path.write_text(text + "\n")
+
+
+def hush_transformers() -> None:
+    """No progress bars and advice between the lines of a benchmark."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 # ── a model of a given shape ────────────────────────────────────────────────────────────────────────────────
