@@ -4,7 +4,7 @@
     python scripts/bench_stream.py --workdir /path/on/the/disk
 
 Builds, once, a random Llama of 1.1 billion parameters, prunes half of its weights and keeps that twice:
-as an Endor checkpoint and as a plain dense one with the same weights. Each contender runs these weights in its
+as an Endor checkpoint and as a plain dense one with the same weights. Each contender runs these in its
 own process; they take turns, so that all see the same drift of the machine, and in each round the disk's
 sequential bandwidth is measured beside Endor's turn: bandwidth / bytes per token is the rate the link allows.
 
