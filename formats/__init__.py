@@ -8,6 +8,7 @@ from endor.formats.header import parse_header, read_header
 from endor.formats.layout import FORMAT_VERSION, Geometry
 from endor.formats.packed import PackedTensor, TensorLayout
 from endor.formats.reader import BlockRange, CheckpointReader, is_endor_checkpoint
+from endor.formats.verify import verify_checkpoint
 from endor.formats.writer import CheckpointWriter, ShardWriter, atomic_write, header_bytes_bound
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "is_endor_checkpoint",
     "parse_header",
     "read_header",
+    "verify_checkpoint",
 ]

@@ -8,7 +8,7 @@ import xxhash
 from endor.errors import ChecksumError
 from endor.formats.entries import Block, Section, TensorEntry
 
-__all__ = ["checksum", "tensor_bytes", "verify_block", "verify_section"]
+__all__ = ["checksum", "tensor_bytes", "verify_block", "verify_digest", "verify_section"]
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -24,14 +24,16 @@ def checksum(data: memoryview | bytes) -> int:
 
 def verify_section(entry: TensorEntry, section: Section, data: memoryview, *, file: str) -> None:
     """Compare `data` with its checksum. Raises ChecksumError that names file, entry and section."""
-    found = checksum(data)
+    verify_digest(entry, section, checksum(data), file=file)
+
+
+def verify_digest(entry: TensorEntry, section: Section, found: int, *, file: str) -> None:
+    """Compare a checksum that was `found` with the header's. Raises ChecksumError."""
     if found != section.checksum:
         raise ChecksumError(
             f"{file}: entry {entry.name!r}, section {section.name} (payload bytes {section.begin} to "
-            f"{section.end}): "
-            f"expected checksum {section.checksum:016x}, found {found:016x}. The file is damaged: copy it "
-            "again or "
-            "convert the model again [F16]"
+            f"{section.end}): expected checksum {section.checksum:016x}, found {found:016x}. The file is "
+            "damaged: copy it again or convert the model again [F16]"
         )
 
 

@@ -120,6 +120,17 @@ class Block:
     def nbytes(self) -> int:
         return self.end - self.begin
 
+    def padding(self) -> Iterator[tuple[int, int]]:
+        """The ranges [begin, end) of the payload between sections and behind the last."""
+        position = self.begin
+        for entry in self.entries:
+            for section in entry.sections:
+                if section.begin > position:
+                    yield position, section.begin
+                position = section.end
+        if self.end > position:
+            yield position, self.end
+
     def unpack(self, memory: torch.Tensor, *, names: Container[str] | None = None) -> dict[str, PackedTensor]:
         """The block's tensors as views of `memory`, uint8 [nbytes], that holds the block's bytes.
 

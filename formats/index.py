@@ -26,6 +26,7 @@ __all__ = [
     "QUANT_METHOD",
     "Index",
     "ShardRecord",
+    "check_record",
     "check_shards",
     "index_json",
     "load_json_file",
@@ -171,22 +172,25 @@ def read_shard(record: ShardRecord) -> Header:
 
     Raises LoadError, FormatError, ChecksumError.
     """
-    path = record.path
-    header, data = read_header(path)
+    header, data = read_header(record.path)
+    check_record(record, header, data)
+    return header
+
+
+def check_record(record: ShardRecord, header: Header, data: bytes) -> None:
+    """Compare a shard's header, whose bytes are `data`, with the index. Raises FormatError."""
+    path, found = record.path, f"{checksum(data):016x}"
     if header.file_bytes != record.nbytes:
         raise FormatError(
             f"{path}: expected {record.nbytes} bytes (from {INDEX_NAME}), found {header.file_bytes} [F20]"
         )
-    found = f"{checksum(data):016x}"
     if record.header_checksum != found:
         raise ChecksumError(
             f"{path}: expected header checksum {short(record.header_checksum)} (from {INDEX_NAME}), found "
-            f"{found!r}. "
-            "The file is damaged, or belongs to another conversion: copy it again or convert the model again "
-            "[F20]"
+            f"{found!r}. The file is damaged, or belongs to another conversion: copy it again or convert the "
+            "model again [F20]"
         )
     _check_tensors(record, {name for entry in header.entries.values() for name in entry.tensor_names()})
-    return header
 
 
 def _check_tensors(record: ShardRecord, found: set[str]) -> None:

@@ -20,6 +20,7 @@ import torch
 from endor.errors import FormatError, LoadError
 from endor.formats.checksums import verify_section
 from endor.formats.entries import Block, Header, TensorEntry
+from endor.formats.files import read_exactly
 from endor.formats.index import (
     CONFIG_NAME,
     QUANT_METHOD,
@@ -159,38 +160,24 @@ class CheckpointReader:
         return raw
 
     def _read_into(self, home: BlockRange, begin: int, target: memoryview) -> None:
-        offset, done = home.offset + begin, 0
-        try:
-            fd = self._descriptor(home.file)
-            while done < len(target):
-                n = os.preadv(fd, [target[done:]], offset + done)
-                if n == 0:
-                    raise LoadError(
-                        f"{home.file}: the file ends at byte {offset + done} inside block "
-                        f"{home.block.name!r}; it was "
-                        "truncated: copy it again or convert the model again"
-                    )
-                done += n
-        except LoadError:
-            raise
-        except OSError as error:
-            message = (
-                f"{home.file}: cannot read block {home.block.name!r} at byte {offset + done}: "
-                f"{error.strerror}"
-            )
-            raise LoadError(message, errno=error.errno) from error
+        where = f"{home.file}: block {home.block.name!r}"
+        read_exactly(self._descriptor(home.file), target, home.offset + begin, where=where)
 
     def _descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._fds:
-                fd = os.open(path, os.O_RDONLY)
-                self._fds[path] = fd
-                if _identity(os.fstat(fd)) != self._identities[path]:
-                    os.close(self._fds.pop(path))
-                    raise LoadError(
-                        f"{path} was replaced or changed since the checkpoint was opened; open it again"
-                    )
+                self._fds[path] = self._open(path)
             return self._fds[path]
+
+    def _open(self, path: Path) -> int:
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise LoadError(f"cannot open {path}: {error.strerror}", errno=error.errno) from error
+        if _identity(os.fstat(fd)) != self._identities[path]:
+            os.close(fd)
+            raise LoadError(f"{path} was replaced or changed since the checkpoint was opened; open it again")
+        return fd
 
 
 def _identity(status: os.stat_result) -> _Identity:
