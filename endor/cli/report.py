@@ -13,6 +13,9 @@ from endor.runtime import Runtime
 __all__ = ["print_stats"]
 
 
+_TABLE_WIDTH = 110
+
+
 def print_stats(generation: Generation, runtime: Runtime) -> None:
     """Print what a generation took and moved to stderr."""
     table = Table(title="run-offloaded", show_header=False, title_justify="left")
@@ -26,7 +29,9 @@ def print_stats(generation: Generation, runtime: Runtime) -> None:
         *_memory(generation, runtime),
     ):
         table.add_row(*row)
-    Console(stderr=True).print(table, crop=False, soft_wrap=True)
+    console = Console(stderr=True)
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(table)
 
 
 def _speed(generation: Generation) -> list[tuple[str, str, str]]:
