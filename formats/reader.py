@@ -130,6 +130,10 @@ class CheckpointReader:
             raise KeyError(f"{self.directory} has no tensor {name!r}{hint}")
         return self.entries[name]
 
+    def home(self, name: str) -> BlockRange:
+        """The block that holds the entry called `name`, or that has it as an alias. Raises KeyError."""
+        return self._homes[self.entry(name).name]
+
     def read(self, name: str, *, verify: bool = True) -> PackedTensor:
         """Read one entry into fresh memory.
 

@@ -155,6 +155,6 @@ def _check_padding(fd: int, path: Path, payload_begin: int, block: Block) -> Non
         read_exactly(fd, memoryview(data), payload_begin + begin, where=str(path))
         if any(data):
             raise FormatError(
-                f"{path}: block {block.name!r}: padding at payload bytes {begin} to {end} is not zero. The file "
-                "is damaged: copy it again or convert the model again [F15]"
+                f"{path}: block {block.name!r}: padding at payload bytes {begin} to {end} is not zero. The "
+                "file is damaged: copy it again or convert the model again [F15]"
             )

@@ -1,0 +1,193 @@
+"""`endor inspect`: what a checkpoint holds, how it is stored, and how many bits a weight takes."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from endor.cli.options import common_options, emit_json, exits_cleanly, format_size, say
+
+if TYPE_CHECKING:
+    from endor.formats import CheckpointReader, TensorEntry
+
+__all__ = ["command", "inspect"]
+
+_TABLE_WIDTH = 110
+_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@click.command("inspect", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("name", required=False)
+@common_options
+@exits_cleanly
+def command(*, model: Path, name: str | None, as_json: bool, quiet: bool) -> None:
+    """Show what the Endor checkpoint in directory MODEL holds: sizes, sparsity, codecs, bits per weight.
+
+    NAME is a tensor or a pattern such as 'model.layers.0.*'. Without it, tensors that differ only in the number
+    of their layer share a row. Only headers are read; `endor verify` checks the contents.
+    """
+    from endor.formats import CheckpointReader
+
+    with CheckpointReader(model) as checkpoint:
+        entries = _select(checkpoint, name)
+        if as_json:
+            emit_json(_as_json(checkpoint, entries))
+            return
+        _print_table(entries, grouped=name is None)
+        if len(entries) == 1:
+            _print_sections(checkpoint, entries[0])
+        if name is None:
+            say(_summary(checkpoint), quiet=quiet)
+
+
+def _select(checkpoint: CheckpointReader, name: str | None) -> list[TensorEntry]:
+    """The entries that NAME means; all without one."""
+    if name is None:
+        return list(checkpoint.entries.values())
+    matching = [e for e in checkpoint.entries.values() if fnmatch.fnmatchcase(e.name, name)]
+    if matching:
+        return matching
+    try:
+        return [checkpoint.entry(name)]
+    except KeyError as error:
+        raise click.ClickException(str(error.args[0])) from None
+
+
+def _bits_per_weight(entries: Sequence[TensorEntry]) -> float | None:
+    """Bits per weight of the encoded entries, all their sections included; None if nothing is encoded."""
+    encoded = [entry.layout for entry in entries if not entry.layout.is_plain]
+    weights = sum(layout.geometry.numel for layout in encoded)
+    return 8 * sum(layout.nbytes for layout in encoded) / weights if weights else None
+
+
+def _is_lossless(entries: Sequence[TensorEntry]) -> bool:
+    from endor.formats import codec_named
+
+    return all(codec_named(entry.layout.codec).lossless for entry in entries)
+
+
+def _as_json(checkpoint: CheckpointReader, entries: Sequence[TensorEntry]) -> dict[str, Any]:
+    from endor.formats import FORMAT_VERSION
+
+    return {
+        "format_version": FORMAT_VERSION,
+        "tensors": [_tensor_json(entry) for entry in entries],
+        "bits_per_weight": _bits_per_weight(entries),
+        "bytes": checkpoint.file_bytes,
+        "lossless": _is_lossless(entries),
+    }
+
+
+def _tensor_json(entry: TensorEntry) -> dict[str, Any]:
+    from endor.formats.dtypes import dtype_name
+
+    layout = entry.layout
+    return {
+        "name": entry.name,
+        "shape": list(layout.shape),
+        "dtype": dtype_name(layout.dtype),
+        "mask": layout.mask,
+        "codec": layout.codec,
+        "nnz": layout.nnz,
+        "sparsity": layout.sparsity,
+        "bytes": layout.nbytes,
+        "bits_per_weight": layout.bits_per_weight,
+        "aliases": list(entry.aliases),
+    }
+
+
+def _group(entries: Sequence[TensorEntry], *, grouped: bool) -> dict[Any, list[TensorEntry]]:
+    """Entries that share a row of the table: alike in all but the numbers in their names."""
+    groups: dict[Any, list[TensorEntry]] = {}
+    for entry in entries:
+        name = _NUMBERS.sub("*", entry.name) if grouped else entry.name
+        layout = entry.layout
+        groups.setdefault((name, layout.shape, layout.dtype, layout.mask, layout.codec), []).append(entry)
+    return groups
+
+
+def _print_table(entries: Sequence[TensorEntry], *, grouped: bool) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tensor", no_wrap=True)
+    for heading in ("count", "shape", "dtype", "stored as", "zeros", "bits/weight", "size"):
+        table.add_column(heading, justify="left" if heading == "stored as" else "right", no_wrap=True)
+    for (name, *_), members in _group(entries, grouped=grouped).items():
+        table.add_row(name if len(members) > 1 else members[0].name, *_cells(members))
+    _print(table)
+
+
+def _cells(members: Sequence[TensorEntry]) -> tuple[str, ...]:
+    from endor.formats.dtypes import dtype_name
+
+    layouts = [entry.layout for entry in members]
+    first, weights = layouts[0], sum(layout.geometry.numel for layout in layouts)
+    kept, size = sum(layout.nnz for layout in layouts), sum(layout.nbytes for layout in layouts)
+    return (
+        str(len(members)),
+        " x ".join(map(str, first.shape)) or "scalar",
+        dtype_name(first.dtype),
+        "as it is" if first.is_plain else f"{first.mask} + {first.codec}",
+        "" if first.mask == "dense" else f"{100 * (1 - kept / weights):.1f} %",
+        f"{8 * size / weights:.2f}" if weights else "",
+        format_size(size),
+    )
+
+
+def _print_sections(checkpoint: CheckpointReader, entry: TensorEntry) -> None:
+    from rich.table import Table
+
+    from endor.formats.dtypes import dtype_name
+
+    home = checkpoint.home(entry.name)
+    table = Table(
+        box=None, pad_edge=False, title=f"\n{home.file.name}, block {home.block.name}", title_justify="left"
+    )
+    for heading in ("section", "dtype", "shape", "from byte", "to byte", "xxh3-64"):
+        table.add_column(
+            heading, justify="left" if heading in {"section", "dtype"} else "right", no_wrap=True
+        )
+    payload_begin = home.offset - home.block.begin
+    for spec, section in zip(entry.layout.sections, entry.sections, strict=True):
+        shape = " x ".join(map(str, spec.shape)) or "scalar"
+        span = (str(payload_begin + section.begin), str(payload_begin + section.end))
+        table.add_row(spec.name, dtype_name(spec.dtype), shape, *span, f"{section.checksum:016x}")
+    _print(table)
+    if entry.aliases:
+        click.echo(f"also called {', '.join(entry.aliases)}")
+
+
+def _summary(checkpoint: CheckpointReader) -> str:
+    """The last lines: totals of the whole checkpoint."""
+    entries = list(checkpoint.entries.values())
+    encoded = [entry for entry in entries if not entry.layout.is_plain]
+    files = len({home.file for home in checkpoint.blocks})
+    lines = [
+        f"\n{len(entries)} tensors in {len(checkpoint.blocks)} blocks and {files} file{'s' if files > 1 else ''}: "
+        f"{format_size(checkpoint.file_bytes)}, dense {format_size(sum(e.layout.dense_bytes for e in entries))}"
+    ]
+    bits = _bits_per_weight(entries)
+    if bits is not None:
+        weights = sum(entry.layout.geometry.numel for entry in encoded)
+        zeros = 100 * (1 - sum(entry.layout.nnz for entry in encoded) / weights)
+        kind = "lossless: the weights come back bit for bit" if _is_lossless(entries) else "lossy"
+        lines.append(f"{len(encoded)} encoded: {bits:.3f} bits per weight, {zeros:.1f} % zeros, {kind}")
+    return "\n".join(lines)
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(table)
+
+
+inspect = command
