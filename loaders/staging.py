@@ -82,11 +82,10 @@ class StagingPool:
         self.capacity_bytes = round_up(capacity_bytes, HUGE_PAGE_BYTES)
         self.closed = False
         self._lent: list[StagingBuffer] = []
-        self._arena, start = _map_arena(self.capacity_bytes)
-        self._view = memoryview(self._arena)[start : start + self.capacity_bytes]
-        self._tensor = torch.frombuffer(
-            self._arena, dtype=torch.uint8, offset=start, count=self.capacity_bytes
-        )
+        arena, start = _map_arena(self.capacity_bytes)
+        self._arena: mmap.mmap | None = arena
+        self._view = memoryview(arena)[start : start + self.capacity_bytes]
+        self._tensor = torch.frombuffer(arena, dtype=torch.uint8, offset=start, count=self.capacity_bytes)
 
     @property
     def lent_bytes(self) -> int:
@@ -131,13 +130,13 @@ class StagingPool:
             return
         self.closed = True
         self._lent.clear()
-        self._view.release()
+        # Not `mmap.close`: torch's views do not keep it from unmapping, and reading one would crash the process.
+        # Emptied, the mapping lives as long as its last view does.
+        arena, self._arena = self._arena, None
+        if arena is not None and sys.platform == "linux":
+            arena.madvise(mmap.MADV_DONTNEED)
+        self._view = memoryview(b"")
         self._tensor = torch.empty(0, dtype=torch.uint8)
-        try:
-            self._arena.close()
-        except BufferError:  # someone still holds a view: unmapping would crash them, emptying does not
-            if sys.platform == "linux":
-                self._arena.madvise(mmap.MADV_DONTNEED)
 
     def __enter__(self) -> Self:
         return self
