@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.options import common_options, emit_json, exits_cleanly, format_size, say
+from endor.cli.options import common_options, emit_json, exits_cleanly, format_size
+from endor.errors import LoadError
 
 if TYPE_CHECKING:
     from endor.formats import CheckpointReader, TensorEntry
 
 __all__ = ["command", "inspect"]
 
-_TABLE_WIDTH = 110
+_TABLE_WIDTH = 120
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -29,8 +30,8 @@ _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 def command(*, model: Path, name: str | None, as_json: bool, quiet: bool) -> None:
     """Show what the Endor checkpoint in directory MODEL holds: sizes, sparsity, codecs, bits per weight.
 
-    NAME is a tensor or a pattern such as 'model.layers.0.*'. Without it, tensors that differ only in the number
-    of their layer share a row. Only headers are read; `endor verify` checks the contents.
+    NAME is a tensor or a pattern such as 'model.layers.0.*'. Without it, tensors that differ only in numbers
+    in their names share a row. Only headers are read; `endor verify` checks the contents.
     """
     from endor.formats import CheckpointReader
 
@@ -38,12 +39,19 @@ def command(*, model: Path, name: str | None, as_json: bool, quiet: bool) -> Non
         entries = _select(checkpoint, name)
         if as_json:
             emit_json(_as_json(checkpoint, entries))
-            return
-        _print_table(entries, grouped=name is None)
-        if len(entries) == 1:
-            _print_sections(checkpoint, entries[0])
-        if name is None:
-            say(_summary(checkpoint), quiet=quiet)
+        else:
+            _print_entries(checkpoint, entries, everything=name is None, quiet=quiet)
+
+
+def _print_entries(
+    checkpoint: CheckpointReader, entries: Sequence[TensorEntry], *, everything: bool, quiet: bool
+) -> None:
+    if not quiet or not everything:  # `--quiet` leaves the totals
+        _print_table(entries, grouped=everything)
+    if everything:
+        click.echo(_summary(checkpoint))
+    elif len(entries) == 1:
+        _print_sections(checkpoint, entries[0])
 
 
 def _select(checkpoint: CheckpointReader, name: str | None) -> list[TensorEntry]:
@@ -56,7 +64,7 @@ def _select(checkpoint: CheckpointReader, name: str | None) -> list[TensorEntry]
     try:
         return [checkpoint.entry(name)]
     except KeyError as error:
-        raise click.ClickException(str(error.args[0])) from None
+        raise LoadError(str(error.args[0])) from None
 
 
 def _bits_per_weight(entries: Sequence[TensorEntry]) -> float | None:
@@ -116,7 +124,7 @@ def _print_table(entries: Sequence[TensorEntry], *, grouped: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column("tensor", no_wrap=True)
+    table.add_column("tensor", overflow="fold")
     for heading in ("count", "shape", "dtype", "stored as", "zeros", "bits/weight", "size"):
         table.add_column(heading, justify="left" if heading == "stored as" else "right", no_wrap=True)
     for (name, *_), members in _group(entries, grouped=grouped).items():
@@ -147,9 +155,8 @@ def _print_sections(checkpoint: CheckpointReader, entry: TensorEntry) -> None:
     from endor.formats.dtypes import dtype_name
 
     home = checkpoint.home(entry.name)
-    table = Table(
-        box=None, pad_edge=False, title=f"\n{home.file.name}, block {home.block.name}", title_justify="left"
-    )
+    click.echo(f"\n{home.file.name}, block {home.block.name}")
+    table = Table(box=None, pad_edge=False)
     for heading in ("section", "dtype", "shape", "from byte", "to byte", "xxh3-64"):
         table.add_column(
             heading, justify="left" if heading in {"section", "dtype"} else "right", no_wrap=True
@@ -169,10 +176,10 @@ def _summary(checkpoint: CheckpointReader) -> str:
     entries = list(checkpoint.entries.values())
     encoded = [entry for entry in entries if not entry.layout.is_plain]
     files = len({home.file for home in checkpoint.blocks})
-    lines = [
-        f"\n{len(entries)} tensors in {len(checkpoint.blocks)} blocks and {files} file{'s' if files > 1 else ''}: "
-        f"{format_size(checkpoint.file_bytes)}, dense {format_size(sum(e.layout.dense_bytes for e in entries))}"
-    ]
+    dense_bytes = sum(entry.layout.dense_bytes for entry in entries)
+    where = f"{_count(len(checkpoint.blocks), 'block')} and {_count(files, 'file')}"
+    sizes = f"{format_size(checkpoint.file_bytes)}, dense {format_size(dense_bytes)}"
+    lines = ["", f"{_count(len(entries), 'tensor')} in {where}: {sizes}"]
     bits = _bits_per_weight(entries)
     if bits is not None:
         weights = sum(entry.layout.geometry.numel for entry in encoded)
@@ -182,10 +189,14 @@ def _summary(checkpoint: CheckpointReader) -> str:
     return "\n".join(lines)
 
 
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
 def _print(table: Any) -> None:
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, highlight=False, emoji=False)  # a name may look like markup
     console.width = max(console.width, _TABLE_WIDTH)
     console.print(table)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from endor.cli.options import common_options, emit_json, exits_cleanly, say
+from endor.cli.options import common_options, emit_json, exits_cleanly
 
 __all__ = ["command", "verify"]
 
@@ -32,7 +32,8 @@ def command(*, model: Path, as_json: bool, quiet: bool) -> None:
     else:
         for error in errors:
             click.echo(f"error: {error}", err=True)
-        say(f"{model}: {_verdict(len(errors))}", quiet=quiet)
+        if not quiet:
+            click.echo(f"{model}: {_verdict(len(errors))}")
     if errors:
         sys.exit(1)
 
