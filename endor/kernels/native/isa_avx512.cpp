@@ -1,7 +1,7 @@
 // AVX-512 with VBMI2 (Intel Ice Lake, AMD Zen 4 and later): vpexpand and vpcompress do a whole vector at once.
 //
-// Only the register forms are used. vpcompressw to memory is microcoded on Zen 4, ten times slower than a register
-// compress and an ordinary store.
+// vpcompressw to memory is never used: it is microcoded on Zen 4, ten times slower than compressing in a register and
+// storing that. vpexpandw from memory is as fast as from a register, and compilers fold the load into it.
 
 #include "bitmap.h"
 
@@ -93,7 +93,9 @@ struct Isa {
         }
         const __mmask8 rest = static_cast<__mmask8>((1u << (words - i)) - 1);
         sums = _mm512_add_epi64(sums, _mm512_popcnt_epi64(_mm512_maskz_loadu_epi64(rest, bitmap + i * 8)));
-        return _mm512_reduce_add_epi64(sums);
+        alignas(64) int64_t lanes[8];
+        _mm512_store_si512(lanes, sums);
+        return lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
     }
 
     ENDOR_TARGET static inline void stream_line(uint8_t* to, const uint8_t* from) {
