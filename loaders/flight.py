@@ -31,8 +31,8 @@ class Hold:
 
     __slots__ = ("released",)
 
-    def __init__(self) -> None:
-        self.released = False
+    def __init__(self, *, released: bool) -> None:
+        self.released = released
 
 
 class Flight:

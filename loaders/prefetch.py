@@ -58,14 +58,16 @@ class PrefetchStats:
 class Lease:
     """A unit's bytes, valid inside its `with` and not after: they become another unit's."""
 
+    _hold = Hold(released=True)  # until `__init__` has come to its end, which Ctrl-C may prevent
+
     def __init__(self, prefetcher: Prefetcher, flight: Flight) -> None:
         self._prefetcher = prefetcher
         self._flight = flight
-        self._hold = Hold()
-        flight.holds.append(self._hold)
         self._memory: memoryview | None = None
         self.stall_s = 0.0
         self.report = ReadReport()
+        self._hold = Hold(released=False)
+        flight.holds.append(self._hold)
 
     @property
     def released(self) -> bool:

@@ -130,8 +130,8 @@ class StagingPool:
             return
         self.closed = True
         self._lent.clear()
-        # Not `mmap.close`: torch's views do not keep it from unmapping, and reading one would crash the process.
-        # Emptied, the mapping lives as long as its last view does.
+        # Not `mmap.close`: torch's views do not keep it from unmapping, and reading one would crash the
+        # process. Emptied, the mapping lives as long as its last view does.
         arena, self._arena = self._arena, None
         if arena is not None and sys.platform == "linux":
             arena.madvise(mmap.MADV_DONTNEED)

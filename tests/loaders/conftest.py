@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-PAGE = 4096
-
-WriteFile = Callable[..., tuple[Path, bytes]]
 
 
 def _threads() -> list[str]:
@@ -36,14 +31,3 @@ def nothing_is_left() -> Iterator[None]:
     if (_threads(), _descriptors()) != before:  # a full collection takes longer than most tests
         gc.collect()
     assert (_threads(), _descriptors()) == before
-
-
-@pytest.fixture
-def write_file(tmp_path: Path) -> WriteFile:
-    def write(size_bytes: int, *, name: str = "model.safetensors", directory: Path = tmp_path) -> tuple[Path, bytes]:
-        content = os.urandom(size_bytes)
-        path = directory / name
-        path.write_bytes(content)
-        return path, content
-
-    return write

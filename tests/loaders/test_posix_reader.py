@@ -1,8 +1,10 @@
-"""The posix reader: the contract under every policy, the path really taken, and files that change under it."""
+"""The posix reader: the contract under each policy, the path really taken, and files that change under it."""
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,7 +79,10 @@ def read(
     length_bytes: int = SIZE,
     shift_bytes: int = 0,
 ) -> ReadReport:
-    with StagingPool(SIZE + PAGE_BYTES) as pool, PosixReader(direct=direct, chunk_bytes=PAGE_BYTES * 8) as reader:
+    with (
+        StagingPool(SIZE + PAGE_BYTES) as pool,
+        PosixReader(direct=direct, chunk_bytes=PAGE_BYTES * 8) as reader,
+    ):
         memory = pool.allocate(SIZE + PAGE_BYTES).memory[shift_bytes:][:length_bytes]
         report = reader.wait(reader.submit(ReadOp(path, offset_bytes, length_bytes), memory))
         assert bytes(memory) == path.read_bytes()[offset_bytes : offset_bytes + length_bytes]
@@ -134,8 +139,6 @@ def test_file_system_in_memory_is_read_whatever_the_policy(tmp_path: Path) -> No
 def test_file_system_that_refuses_to_open_directly_is_read_buffered(
     file: Path, monkeypatch: pytest.MonkeyPatch, refusal: str
 ) -> None:
-    import errno
-
     really_open = os.open
 
     def refuse(path: str, flags: int, *rest: int, **named: int) -> int:
@@ -170,11 +173,10 @@ class TestFileThatChanges:
     """The first read opens the file and passes; then something happens to it."""
 
     @pytest.fixture(params=[True, False], ids=["direct", "buffered"])
-    def reader(self, request: pytest.FixtureRequest, file: Path) -> Reader:
-        reader = PosixReader(direct=request.param, chunk_bytes=8 * PAGE_BYTES)
-        request.addfinalizer(reader.close)
-        self.read(reader, file)
-        return reader
+    def reader(self, request: pytest.FixtureRequest, file: Path) -> Iterator[Reader]:
+        with PosixReader(direct=request.param, chunk_bytes=8 * PAGE_BYTES) as reader:
+            self.read(reader, file)
+            yield reader
 
     @staticmethod
     def read(reader: Reader, file: Path) -> bytes:
@@ -185,7 +187,9 @@ class TestFileThatChanges:
 
     def test_truncated_file_is_refused(self, reader: Reader, file: Path) -> None:
         os.truncate(file, SIZE - 3 * PAGE_BYTES)
-        with pytest.raises(LoadError, match=rf"{file}: the file ends at byte {SIZE - 3 * PAGE_BYTES}, expected"):
+        with pytest.raises(
+            LoadError, match=rf"{file}: the file ends at byte {SIZE - 3 * PAGE_BYTES}, expected"
+        ):
             self.read(reader, file)
 
     def test_file_cut_within_a_page_is_refused(self, reader: Reader, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whatever the sizes, the depth, the order and the number of leases held: the bytes lent are those of the file."""
+"""Whatever the sizes, the depth, the order and the leases held: the bytes lent are those of the file."""
 
 from __future__ import annotations
 
@@ -65,13 +65,15 @@ def make_plan(path: Path, ranges: list[list[tuple[int, int]]], depth: int) -> Lo
     ranges=unit_ranges(),
     depth=st.integers(0, 4),
     steps=st.lists(
-        st.tuples(st.sampled_from(["next", "next", "next", "jump", "release"]), st.integers(0, 6)), max_size=30
+        st.tuples(st.sampled_from(["next", "next", "next", "jump", "release"]), st.integers(0, 6)),
+        max_size=30,
     ),
     tight=st.booleans(),
 )
 def test_any_walk_lends_the_bytes_of_the_file(
     path: Path,
     content: bytes,
+    *,
     ranges: list[list[tuple[int, int]]],
     depth: int,
     steps: list[tuple[str, int]],

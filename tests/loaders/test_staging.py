@@ -60,7 +60,9 @@ def test_released_ranges_are_lent_again_and_live_ones_are_not() -> None:
 def test_buffer_that_does_not_fit_says_what_is_needed() -> None:
     with StagingPool(HUGE_PAGE_BYTES) as pool:
         pool.allocate(PAGE_BYTES)
-        with pytest.raises(PlanError, match=rf"{HUGE_PAGE_BYTES} bytes .* needed .* of which {PAGE_BYTES} are lent"):
+        with pytest.raises(
+            PlanError, match=rf"{HUGE_PAGE_BYTES} bytes .* needed .* of which {PAGE_BYTES} are lent"
+        ):
             pool.allocate(HUGE_PAGE_BYTES)
 
 
@@ -124,7 +126,7 @@ def test_memory_is_private_and_not_shared_with_children() -> None:
 
 
 def _holds(line: str, address_hex: str) -> bool:
-    low, high = (int(bound, 16) for bound in line.split()[0].split("-"))
+    low, high = (int(bound, 16) for bound in line.split(maxsplit=1)[0].split("-"))
     return low <= int(address_hex, 16) < high
 
 

@@ -1,0 +1,60 @@
+/* Preloaded in front of the C library: makes reads of files named *.faulty fail in the way that $ENDOR_FAULT says.
+ *
+ *   eio OFFSET   a read that reaches OFFSET fails with EIO, as from a bad sector
+ *   short        at most 1000 bytes (buffered) or one page (direct) come at a time
+ *   einval       direct reads are refused though the file opened, as on some network file systems
+ *   slow         every read takes 50 ms longer
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+static int is_faulty(int descriptor) {
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
+    ssize_t length = readlink(link, path, sizeof path);
+    return length > 7 && memcmp(path + length - 7, ".faulty", 7) == 0;
+}
+
+static ssize_t read_faulty(int descriptor, const struct iovec *vectors, int count, off_t offset, int flags) {
+    static ssize_t (*next)(int, const struct iovec *, int, off_t, int);
+    if (!next) *(void **)&next = dlsym(RTLD_NEXT, "preadv64v2");
+    const char *fault = getenv("ENDOR_FAULT");
+    if (!fault || count != 1 || !is_faulty(descriptor)) return next(descriptor, vectors, count, offset, flags);
+    int direct = (fcntl(descriptor, F_GETFL) & O_DIRECT) != 0;
+    struct iovec vector = vectors[0];
+    if (strncmp(fault, "eio ", 4) == 0) {
+        if (offset + (off_t)vector.iov_len > atoll(fault + 4)) { errno = EIO; return -1; }
+    } else if (strcmp(fault, "short") == 0) {
+        size_t most = direct ? 4096 : 1000;
+        if (vector.iov_len > most) vector.iov_len = most;
+    } else if (strcmp(fault, "einval") == 0) {
+        if (direct) { errno = EINVAL; return -1; }
+    } else if (strcmp(fault, "slow") == 0) {
+        usleep(50000);
+    }
+    return next(descriptor, &vector, 1, offset, flags);
+}
+
+/* Python calls the one with flags where the C library has it. */
+ssize_t preadv(int descriptor, const struct iovec *vectors, int count, off_t offset) {
+    return read_faulty(descriptor, vectors, count, offset, 0);
+}
+
+ssize_t preadv64(int descriptor, const struct iovec *vectors, int count, off_t offset) {
+    return read_faulty(descriptor, vectors, count, offset, 0);
+}
+
+ssize_t preadv2(int descriptor, const struct iovec *vectors, int count, off_t offset, int flags) {
+    return read_faulty(descriptor, vectors, count, offset, flags);
+}
+
+ssize_t preadv64v2(int descriptor, const struct iovec *vectors, int count, off_t offset, int flags) {
+    return read_faulty(descriptor, vectors, count, offset, flags);
+}
