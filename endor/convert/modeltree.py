@@ -20,7 +20,7 @@ from endor.errors import ConvertError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LinearWeight", "ModelTree", "TreeBlock", "build_model_tree"]
+__all__ = ["LinearWeight", "ModelTree", "TreeBlock", "build_model_tree", "runnable_copy"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,12 @@ def build_model_tree(directory: Path, config: Mapping[str, Any]) -> ModelTree:
 
     Raises ConvertError if transformers does not know it.
     """
-    model = _build_model(directory, config)
+    cls, parsed = _model_class(directory, config)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = cls(parsed).eval()
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise ConvertError(f"{directory}: {cls.__name__} cannot be built from its config.json ({error})") from error
     state = model.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     ties = _resolve_ties(dict(model.all_tied_weights_keys), shapes)
@@ -93,7 +98,17 @@ def build_model_tree(directory: Path, config: Mapping[str, Any]) -> ModelTree:
     return ModelTree(model, shapes, ties, segments, _order_blocks(model, list(shapes), ties, segments))
 
 
-def _build_model(directory: Path, config: Mapping[str, Any]) -> PreTrainedModel:
+def runnable_copy(tree: ModelTree, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model once more with real buffers, as running it takes; its parameters are on meta, of `dtype`."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = type(tree.model)._from_config(tree.model.config, dtype=dtype)  # noqa: SLF001
+    return model.eval().requires_grad_(False)
+
+
+def _model_class(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The model's class and its config as transformers reads it."""
     import transformers
 
     architectures = config.get("architectures") or []
@@ -102,19 +117,13 @@ def _build_model(directory: Path, config: Mapping[str, Any]) -> PreTrainedModel:
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConvertError(
-            f"{directory}: transformers {transformers.__version__} cannot read this model's config ({reason}). "
-            f"model_type is {config.get('model_type')!r}, architectures {architectures}: a newer transformers may know it"
+            f"{directory}: transformers {transformers.__version__} cannot read this model's config ({reason}). model_type "
+            f"is {config.get('model_type')!r}, architectures {architectures}: a newer transformers may know it"
         ) from error
-    cls = _model_class(directory, parsed, architectures)
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = cls(parsed)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise ConvertError(f"{directory}: {cls.__name__} cannot be built from this config ({error})") from error
-    return model.eval()
+    return _find_class(directory, parsed, architectures), parsed
 
 
-def _model_class(directory: Path, config: Any, architectures: list[str]) -> Any:
+def _find_class(directory: Path, config: Any, architectures: list[str]) -> Any:
     import transformers
 
     if architectures:

@@ -6,29 +6,29 @@ interpreter lock) while this thread writes. A criterion that needs activations t
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 import endor
+from endor.convert.calibrated import CalibratedBlocks, calibration_sequences
 from endor.convert.memory import MemoryBudget, plan_memory
 from endor.convert.modeltree import build_model_tree
 from endor.convert.options import CalibrationOptions, ConvertOptions
 from endor.convert.output import check_output, claim_output, copy_companions, finish_output
-from endor.convert.packing import pack_verified, prune_linear_
+from endor.convert.packing import pack, prune_linear_
 from endor.convert.parallel import Job, run_in_order
-from endor.convert.plan import BlockPlan, ConversionPlan, ShardPlan, TensorPlan, plan_conversion
+from endor.convert.plan import BlockPlan, Packed, ShardPlan, TensorPlan, plan_conversion
 from endor.convert.recipes import plan_recipes
 from endor.convert.report import ConvertReport, Progress, ProgressCallback, summarize
 from endor.convert.source import SourceCheckpoint, resolve_source
 from endor.errors import ConvertError, FormatError
-from endor.formats import FORMAT_VERSION, Header, PackedTensor, read_header
+from endor.formats import FORMAT_VERSION, Header, read_header
 from endor.formats.reader import QUANT_METHOD
 from endor.formats.writer import CheckpointWriter
 
@@ -37,8 +37,6 @@ __all__ = ["convert"]
 DEFAULT_SHARD_BYTES = 4 << 30
 _WORKERS = 2
 _DISK_SLACK_BYTES = 64 << 20
-
-Packed = tuple[TensorPlan, PackedTensor]
 
 
 def convert(
@@ -116,10 +114,13 @@ def _default_sparsity(pattern: str) -> float:
 
 
 class BlockSource(Protocol):
-    """Where the tensors of a block come from, ready to be packed."""
+    """Where the tensors of a block come from, ready to be written."""
 
     needed_bytes: int
     """Memory it takes at least, beside the tensors under way."""
+
+    def start(self, left: Sequence[ShardPlan], memory_bytes: int) -> None:
+        """Say which shards are to be written, and what memory may be used beyond `needed_bytes`."""
 
     def jobs(self, block: BlockPlan) -> Iterator[Job[Packed]]:
         """Jobs that make, prune and pack the tensors of the next block, in order."""
@@ -127,14 +128,21 @@ class BlockSource(Protocol):
     def skip(self, shard: ShardPlan, header: Header, path: Path) -> None:
         """Take note of a shard that an earlier run finished."""
 
+    def close(self) -> None:
+        """Give everything back."""
 
-class _Independent:
+
+class _IndependentBlocks:
     """Tensors that are pruned without looking at any other."""
+
+    needed_bytes = 0
 
     def __init__(self, checkpoint: SourceCheckpoint, options: ConvertOptions) -> None:
         self._read = checkpoint.read
         self._options = options
-        self.needed_bytes = 0
+
+    def start(self, left: Sequence[ShardPlan], memory_bytes: int) -> None:
+        """Nothing is prepared."""
 
     def jobs(self, block: BlockPlan) -> Iterator[Job[Packed]]:
         for tensor in block.tensors:
@@ -143,23 +151,15 @@ class _Independent:
     def skip(self, shard: ShardPlan, header: Header, path: Path) -> None:
         """Nothing is carried from one tensor to the next."""
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def _make(self, tensor: TensorPlan) -> Packed:
         weight = tensor.recipe.make(self._read)
-        criterion = self._options.criterion
+        criterion, rule = self._options.criterion, self._options.rule
         if tensor.linear is not None and criterion is not None:
-            prune_linear_(
-                weight, tensor.linear, criterion=criterion, pattern=self._options.rule, input_norms=None
-            )
+            prune_linear_(weight, tensor.linear, criterion=criterion, pattern=rule, input_norms=None)
         return pack(tensor, weight, self._options.values)
-
-
-def pack(tensor: TensorPlan, weight: torch.Tensor, values: str) -> Packed:
-    """The weight packed if it was selected, plain otherwise."""
-    if tensor.linear is None:
-        from endor.formats.writer import plain
-
-        return tensor, plain(weight)
-    return tensor, pack_verified(tensor.name, weight, values=values)
 
 
 class _Conversion:
@@ -181,6 +181,7 @@ class _Conversion:
         self._progress(Progress("reading the model", 0, checkpoint.total_bytes))
         tree = build_model_tree(checkpoint.directory, checkpoint.config)
         self._plan = plan_conversion(tree, plan_recipes(tree, checkpoint.tensors, checkpoint.read), options)
+        self._calibration_digest = ""
         self._blocks = self._block_source()
         self._memory = self._plan_memory()
         self._done_bytes = self._resumed_bytes = 0
@@ -191,10 +192,21 @@ class _Conversion:
             "source": self._checkpoint.fingerprint(),
             "options": self._options.identity(),
             "shards": len(self._plan.shards),
+            "calibration": self._calibration_digest,
         }
 
     def _block_source(self) -> BlockSource:
-        return _Independent(self._checkpoint, self._options)
+        if not self._calibrates:
+            return _IndependentBlocks(self._checkpoint, self._options)
+        config = self._plan.tree.model.config
+        sequences = calibration_sequences(self._checkpoint.directory, config, self._options)
+        self._calibration_digest = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
+        return CalibratedBlocks(self._checkpoint, self._plan, self._options, out=self._out, sequences=sequences)
+
+    @property
+    def _calibrates(self) -> bool:
+        criterion = self._options.criterion
+        return criterion is not None and criterion.needs_activations and any(t.linear for t in self._plan.tensors)
 
     def _plan_memory(self) -> MemoryBudget:
         largest = max((tensor.memory_bytes for tensor in self._plan.tensors), default=0)
@@ -210,16 +222,19 @@ class _Conversion:
         finished = {s.number: _finished_header(writer, s) for s in self._plan.shards if writer.has_shard(s.number)}
         left = [shard for shard in self._plan.shards if shard.number not in finished]
         self._check_disk(left)
+        ahead = max(tensor.memory_bytes for tensor in self._plan.tensors)
+        spare = self._memory.work_bytes - self._blocks.needed_bytes - ahead
+        # Calibration has use for memory, to keep activations; tensors that wait to be written have little.
+        self._blocks.start(left, spare)
         packed = run_in_order(
-            self._jobs(writer, finished),
-            workers=_WORKERS,
-            memory_bytes=self._memory.work_bytes - self._blocks.needed_bytes,
+            self._jobs(writer, finished), workers=_WORKERS, memory_bytes=ahead if self._calibrates else ahead + spare
         )
         try:
             for shard in left:
                 self._write_shard(writer, shard, packed)
         finally:
             packed.close()
+            self._blocks.close()
         return self._finish(writer)
 
     def _check_disk(self, left: Sequence[ShardPlan]) -> None:

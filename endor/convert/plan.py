@@ -15,11 +15,11 @@ from endor.convert.recipes import Recipe
 from endor.errors import ConvertError
 from endor.formats.dtypes import PACKABLE, dtype_name
 from endor.formats.layout import BLOCK_ALIGNMENT_BYTES, SECTION_ALIGNMENT_BYTES, Geometry, align_up
-from endor.formats.packed import TensorLayout
+from endor.formats.packed import PackedTensor, TensorLayout
 from endor.formats.writer import header_bytes_bound
 from endor.pruning import Criterion, NofM
 
-__all__ = ["BlockPlan", "ConversionPlan", "ShardPlan", "TensorPlan", "plan_conversion"]
+__all__ = ["BlockPlan", "ConversionPlan", "Packed", "ShardPlan", "TensorPlan", "plan_conversion"]
 
 _SECTIONS_AT_MOST = 8
 # A pruned tensor of 16-bit values is in memory with its scores, a copy of them to select in, and the mask; later with
@@ -52,6 +52,10 @@ class TensorPlan:
         """Memory that making, pruning and packing it takes."""
         made = self.recipe.nbytes + (self.recipe.source_bytes if self.recipe.merge else 0)
         return max(made, self.recipe.nbytes * (_SELECTED_COST if self.linear else 1))
+
+
+Packed = tuple[TensorPlan, PackedTensor]
+"""A tensor of the plan in the form that is written."""
 
 
 @dataclass(frozen=True)
