@@ -240,7 +240,7 @@ class PosixReader:
             raise PlanError(f"a reader needs at least one thread, found {threads}")
         if chunk_bytes < PAGE_BYTES:
             raise PlanError(f"a chunk has at least {PAGE_BYTES} bytes, found {chunk_bytes}")
-        self._direct = direct
+        self._direct: DirectMode = direct
         self._chunk_bytes = round_up(chunk_bytes, PAGE_BYTES)
         self._lock = threading.Lock()
         self._files: dict[Path, _OpenFile] = {}

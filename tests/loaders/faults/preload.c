@@ -1,6 +1,6 @@
-/* Preloaded in front of the C library: makes reads of files named *.faulty fail in the way that $ENDOR_FAULT says.
+/* Preloaded in front of the C library: reads of a file named FAULT.faulty fail in the way the name says.
  *
- *   eio OFFSET   a read that reaches OFFSET fails with EIO, as from a bad sector
+ *   eio@OFFSET   a read that reaches OFFSET fails with EIO, as from a bad sector
  *   short        at most 1000 bytes (buffered) or one page (direct) come at a time
  *   einval       direct reads are refused though the file opened, as on some network file systems
  *   slow         every read takes 50 ms longer
@@ -15,21 +15,26 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static int is_faulty(int descriptor) {
-    char link[64], path[4096];
+/* The fault that a descriptor's file is named after, or "". */
+static const char *fault_of(int descriptor, char path[4096]) {
+    char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
-    ssize_t length = readlink(link, path, sizeof path);
-    return length > 7 && memcmp(path + length - 7, ".faulty", 7) == 0;
+    ssize_t length = readlink(link, path, 4095);
+    if (length < 7 || memcmp(path + length - 7, ".faulty", 7) != 0) return "";
+    path[length - 7] = 0;
+    char *name = strrchr(path, '/');
+    return name ? name + 1 : path;
 }
 
 static ssize_t read_faulty(int descriptor, const struct iovec *vectors, int count, off_t offset, int flags) {
     static ssize_t (*next)(int, const struct iovec *, int, off_t, int);
     if (!next) *(void **)&next = dlsym(RTLD_NEXT, "preadv64v2");
-    const char *fault = getenv("ENDOR_FAULT");
-    if (!fault || count != 1 || !is_faulty(descriptor)) return next(descriptor, vectors, count, offset, flags);
+    char path[4096];
+    const char *fault = fault_of(descriptor, path);
+    if (count != 1 || !*fault) return next(descriptor, vectors, count, offset, flags);
     int direct = (fcntl(descriptor, F_GETFL) & O_DIRECT) != 0;
     struct iovec vector = vectors[0];
-    if (strncmp(fault, "eio ", 4) == 0) {
+    if (strncmp(fault, "eio@", 4) == 0) {
         if (offset + (off_t)vector.iov_len > atoll(fault + 4)) { errno = EIO; return -1; }
     } else if (strcmp(fault, "short") == 0) {
         size_t most = direct ? 4096 : 1000;

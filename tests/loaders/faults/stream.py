@@ -1,4 +1,7 @@
-"""Streams a file in units of 16 pages as a runtime would, and says what happened on standard output."""
+"""Streams files in units of 16 pages as a runtime would, and says what happened on standard output.
+
+Usage: stream.py PASSES FILE...; one JSON object per file and mode.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,12 @@ def stream(path: Path, *, direct: bool, passes: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    passes = int(sys.argv[1])
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    outcome = stream(Path(sys.argv[1]), direct=sys.argv[2] == "direct", passes=int(sys.argv[3]))
-    sys.stdout.write(json.dumps(outcome))
+    for path in sys.argv[2:]:
+        for mode in ("direct", "buffered"):
+            outcome = stream(Path(path), direct=mode == "direct", passes=passes)
+            sys.stdout.write(json.dumps({"path": path, "mode": mode, **outcome}) + "\n")
+            if "interrupted" in outcome:
+                sys.exit()
