@@ -30,7 +30,13 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 @click.option(
     "--chat", is_flag=True, help="Converse: the chat template is applied, one turn per line of input."
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Tokens to make at most.",
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -38,18 +44,36 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
     show_default=True,
     help="0 takes the likeliest token.",
 )
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Sample from the likeliest tokens that have this probability together.",
+)
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of sampling, where the temperature is above 0."
 )
-@click.option("--device", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute.",
+)
 @click.option(
     "--host-memory",
     type=SIZE,
     help="Bytes of compressed blocks to keep in memory, e.g. 8GiB; 0 streams every block.  "
     "[default: what fits in 70 % of free memory]",
 )
-@click.option("--reader", type=click.Choice(["auto", "posix"]), default="auto", show_default=True)
+@click.option(
+    "--reader",
+    type=click.Choice(["auto", "posix"]),
+    default="auto",
+    show_default=True,
+    help="How blocks are read; posix reads around the page cache what is not in it.",
+)
 @click.option(
     "--depth",
     type=click.IntRange(min=0),
