@@ -2,7 +2,7 @@
 
     python -m tests.golden.make_v1 DIRECTORY
 
-Contents come from SHA-256 and bit patterns, not from torch's random numbers, which may change between versions.
+Contents come from SHA-256 and bit patterns: torch's random numbers may change between versions.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def example_blocks() -> dict[str, Entries]:
 
 def write_checkpoint(
     directory: Path,
-    shards: list[dict[str, Entries]] | None = None,
+    shards: Sequence[Mapping[str, Entries]] | None = None,
     *,
     aliases: Mapping[str, list[str]] | None = None,
     header_reserve_bytes: int | None = None,
