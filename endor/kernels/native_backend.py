@@ -25,6 +25,7 @@ __all__ = ["NativeBackend", "native_backends"]
 STREAMING_BYTES = 16 << 20
 """Outputs from this size on bypass the caches: see docs/design/kernels.md."""
 _CODECS = ("raw",)
+_INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
 _RULES = (
     "row_offsets decrease, leave the values, or do not run from 0 to nnz",
     "the bitmap has bits set beyond the last column",
@@ -50,8 +51,22 @@ class NativeBackend(Backend):
         weight = _aligned(weight)
         bitmap = torch.empty(g.rows, g.bitmap_row_bytes, dtype=torch.uint8)
         offsets = torch.empty(g.row_blocks + 1, dtype=torch.int64)
-        values = np.empty(weight.numel() * weight.dtype.itemsize, np.uint8)
-        nnz = self._encode(
+        values = np.empty(weight.numel(), _INTEGERS[weight.dtype.itemsize])
+        nnz = self.encode_into(weight, bitmap, offsets, torch.from_numpy(values).view(weight.dtype))
+        # How many values there are is known only now. Shrinking gives the untouched rest back without a copy.
+        values.resize(nnz, refcheck=False)
+        layout = TensorLayout(shape, weight.dtype, "bitmap", codec, nnz)
+        sections = {
+            "bitmap": bitmap,
+            "row_offsets": offsets.to(offsets_dtype(nnz)),
+            "values": torch.from_numpy(values).view(weight.dtype),
+        }
+        return PackedTensor(layout, sections)
+
+    def encode_into(self, weight: Tensor, bitmap: Tensor, offsets: Tensor, values: Tensor) -> int:
+        """Encode to memory that is there: int64 `offsets`, `values` with room for all. Returns nnz."""
+        g = Geometry.of(tuple(weight.shape))
+        nnz: int = self._encode(
             self._isa,
             torch.get_num_threads(),
             g.rows,
@@ -61,18 +76,9 @@ class NativeBackend(Backend):
             weight.data_ptr(),
             bitmap.data_ptr(),
             offsets.data_ptr(),
-            values.ctypes.data,
+            values.data_ptr(),
         )
-        # How many values there are is known only afterwards. Shrinking gives the untouched rest back
-        # without a copy.
-        values.resize(nnz * weight.dtype.itemsize, refcheck=False)
-        layout = TensorLayout(shape, weight.dtype, "bitmap", codec, nnz)
-        sections = {
-            "bitmap": bitmap,
-            "row_offsets": offsets.to(offsets_dtype(nnz)),
-            "values": torch.from_numpy(values).view(weight.dtype),
-        }
-        return PackedTensor(layout, sections)
+        return nnz
 
     def decode(self, packed: PackedTensor, start_block: int, stop_block: int, out: Tensor) -> None:
         g, sections = packed.layout.geometry, packed.sections
