@@ -13,7 +13,7 @@ from endor.formats import CODECS, layout
 from endor.formats.dtypes import DTYPES, PACKABLE, dtype_name
 from endor.formats.packed import MASKS
 from endor.kernels import encode
-from tests.support.shards import INDEX, write_checkpoint
+from tests.support.shards import INDEX, Entries, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT = (ROOT / "docs" / "format.md").read_text()
@@ -66,7 +66,7 @@ def test_every_mask_codec_and_packable_dtype_is_described() -> None:
 def example(directory: Path) -> bytes:
     """The file of the document's last section, written now."""
     w = torch.tensor([[1.5, 0, 0, 0, -0.0], [0, 0, -2.0, 0, 0.25]]).bfloat16()
-    blocks = {"layer": {"w": encode(w), "b": torch.tensor([1.0, 2.0])}}
+    blocks: dict[str, Entries] = {"layer": {"w": encode(w), "b": torch.tensor([1.0, 2.0])}}
     write_checkpoint(directory, [blocks], header_reserve_bytes=1)
     return (directory / "model-00001-of-00001.safetensors").read_bytes()
 
