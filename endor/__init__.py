@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from endor.integrations import autoload as _autoload
+
 if TYPE_CHECKING:
     from endor.checkpoint import (
         Checkpoint,
@@ -40,6 +42,9 @@ _HOMES = {
     "load": "endor.runtime",
     "open": "endor.checkpoint:open_checkpoint",
 }
+
+# The one thing done at import: without it `from_pretrained` gives Endor checkpoints random weights.
+_autoload.install()
 
 
 def __getattr__(name: str) -> Any:
