@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,9 @@ def test_the_tokens_are_those_of_the_decoded_dense_model(
 ) -> None:
     with endor.open(demo_checkpoint) as checkpoint:
         state = {name: checkpoint.read_dense(name) for name in checkpoint.names()}
-    dense = transformers.AutoModelForCausalLM.from_pretrained(repository / "endor" / "assets" / "demo_model")
+    dense: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        repository / "endor" / "assets" / "demo_model"
+    )
     dense.load_state_dict(state, strict=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo_checkpoint)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
