@@ -1,9 +1,11 @@
-"""Measures the converter: MB/s of source and peak memory, on a random 1.1 B Llama in bf16 from a warm page cache.
+"""Measures the converter: MB/s of source and peak memory, on a random 1.1 B Llama in bf16 from a warm page
+cache.
 
     python scripts/bench_convert.py --model DIR
 
-DIR gets the model on the first run and is used again afterwards. Every conversion runs in a fresh process, whose peak
-resident memory (VmHWM) and anonymous memory (RssAnon, sampled) are compared with the converter's default bound.
+DIR gets the model on the first run and is used again afterwards. Every conversion runs in a fresh process,
+whose peak resident memory (VmHWM) and anonymous memory (RssAnon, sampled) are compared with the converter's
+default bound.
 """
 
 from __future__ import annotations
@@ -16,8 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 CHILD = """
@@ -97,16 +97,19 @@ def main() -> None:
 
 
 def report(nbytes: int, results: list[dict[str, float]]) -> None:
-    """Print a line per run and the median; the rate counts everything from the first look to the last write."""
+    """Print a line per run and the median; the rate counts everything from the first look to the last
+    write."""
     for r in results:
         print(
             f"{r['source_bytes'] / r['seconds'] / 1e6:7.0f} MB/s  {r['seconds']:6.2f} s  "
-            f"{r['bits_per_weight']:.2f} b/w  sparsity {r['sparsity']:.4f}  output {r['output_bytes'] / 1e9:.2f} GB  "
+            f"{r['bits_per_weight']:.2f} b/w  sparsity {r['sparsity']:.4f}  output "
+            f"{r['output_bytes'] / 1e9:.2f} GB  "
             f"peak {r['peak'] / 2**20:.0f} MiB ({r['peak_anonymous'] / 2**20:.0f} MiB anonymous)"
         )
     rate = statistics.median(r["source_bytes"] / r["seconds"] for r in results)
     print(
-        f"median {rate / 1e6:.0f} MB/s of {nbytes / 1e9:.2f} GB on {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+        f"median {rate / 1e6:.0f} MB/s of {nbytes / 1e9:.2f} GB on {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.1f}"
     )
 
 

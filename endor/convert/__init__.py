@@ -29,7 +29,8 @@ def __getattr__(name: str) -> Any:
 class _CallableModule(ModuleType):
     """Lets `endor.convert(source, out)` work whatever was imported first.
 
-    The function and this package share their name in `endor`, and importing the package puts the package there.
+    The function and this package share their name in `endor`, and importing the package puts the package
+    there.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

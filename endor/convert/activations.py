@@ -43,10 +43,14 @@ class ActivationStore:
                 Path(name).unlink()
                 self._directory.rmdir()
             except OSError as error:
-                raise ConvertError(f"cannot keep activations in {self._directory}: {error.strerror}") from error
+                raise ConvertError(
+                    f"cannot keep activations in {self._directory}: {error.strerror}"
+                ) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self._kept.clear()
         if self._fd >= 0:
             os.close(self._fd)
@@ -66,7 +70,8 @@ class ActivationStore:
                 done += os.pwrite(self._fd, view[done:], offset + done)
         except OSError as error:
             raise ConvertError(
-                f"cannot keep activations in {self._directory}: {error.strerror}. Free some space, raise --memory or lower "
+                f"cannot keep activations in {self._directory}: {error.strerror}. Free some space, raise "
+                "--memory or lower "
                 "--samples, and run again with --resume"
             ) from error
 

@@ -1,15 +1,16 @@
 """Runs a model block by block, so that the weights of one block are in memory at a time.
 
-What a block receives beside the hidden states (masks, positions, rotary embeddings, an encoder's output) is whatever
-the model's own forward passes: every block is replaced by one that notes its arguments and passes its input on, and
-the model runs. Nothing here knows how an architecture makes its masks.
+What a block receives beside the hidden states (masks, positions, rotary embeddings, an encoder's output) is
+whatever the model's own forward passes: every block is replaced by one that notes its arguments and passes
+its input on, and the model runs. Nothing here knows how an architecture makes its masks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +79,7 @@ class BlockwiseModel:
         self._hidden: dict[str, ActivationStore] = {}
         self._calls: dict[str, list[_Call]] = {}
         self._shape_of_output: dict[str, Any] = {}
+        self._through: tuple[str, ...] = ()
         self._stores = ExitStack()
         self._model.config.use_cache = False
         for name, buffer in list(model.named_buffers()):
@@ -100,6 +102,7 @@ class BlockwiseModel:
             first_block: the tensors of its first block, which is run once to see what blocks return.
         """
         first = self._segments[segment][0]
+        self._through = tuple(self._shape_of_output)
         with self._tensors_on_demand():
             hidden, call = self._first_call(segment)
             with self.installed(first_block):
@@ -121,7 +124,8 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def run(self, block: str, *, advance: bool) -> None:
-        """Run an installed block on all batches; with `advance` its outputs become the next block's inputs."""
+        """Run an installed block on all batches; with `advance` its outputs become the next block's
+        inputs."""
         segment = block.rpartition(".")[0]
         hidden, module = self._hidden[segment], self.module(block)
         for number, call in enumerate(self._calls[block]):
@@ -145,7 +149,8 @@ class BlockwiseModel:
             self._forward(0)
         if not seen:
             raise ConvertError(
-                f"{type(self._model).__name__} does not run {segment} on text, so its weights cannot be calibrated; leave "
+                f"{type(self._model).__name__} does not run {segment} on text, so its weights cannot be "
+                "calibrated; leave "
                 f"them out with --exclude '{segment}.*', or use --method magnitude"
             )
         return seen[0]
@@ -190,55 +195,48 @@ class BlockwiseModel:
 
     def _forward(self, number: int) -> None:
         """Run the model on a batch; block lists that are through give their final hidden states."""
-        through: dict[str, Callable[..., Any]] = {}
-        for segment, output in self._shape_of_output.items():
-            blocks = self._segments[segment]
-            if not any(block in self._calls for block in blocks) and number in self._hidden_numbers(segment):
-                final = _with_hidden(output, self._hidden[segment][number].to(self._device))
-                through |= {block: (lambda *_, final=final, **__: final) for block in blocks}
+        finals: dict[str, Callable[..., Any]] = {}
+        for segment in self._through:
+            hidden = self._hidden[segment][number].to(self._device)
+            final = _with_hidden(self._shape_of_output[segment], hidden)
+            finals |= {block: partial(_constant, final) for block in self._segments[segment]}
         inputs = {"input_ids": self._batches[number].to(self._device), "use_cache": False}
         if self._model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = inputs["input_ids"]
-        with self._replaced({b: f for b, f in through.items() if "forward" not in vars(self.module(b))}):
-            try:
-                self._model(**inputs)
-            except _Stop:
-                pass
-
-    def _hidden_numbers(self, segment: str) -> range:
-        return range(len(self._batches)) if segment in self._hidden else range(0)
+        with self._replaced(finals), suppress(_Stop):
+            self._model(**inputs)
 
     @contextmanager
     def _tensors_on_demand(self) -> Iterator[None]:
-        """Load the tensors of modules outside the block lists when those are first called; drop them at the end."""
+        """Load the tensors of modules outside the block lists when those are first called; drop them at
+        the end."""
         loaded: dict[str, torch.Tensor] = {}
-        placed: list[str] = []
-        handles = []
+        placed: dict[str, torch.Tensor] = {}
 
-        def provide(wanted: Sequence[tuple[str, str]]) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                for name, stored in wanted:
-                    if name not in placed:
-                        loaded.setdefault(stored, self._placed(self._load(stored)))
-                        _put(self._model, name, loaded[stored])
-                        placed.append(name)
+        def provide(wanted: Sequence[tuple[str, str]], *_: Any) -> None:
+            for name, stored in wanted:
+                if name not in placed:
+                    if stored not in loaded:
+                        loaded[stored] = self._placed(self._load(stored))
+                    placed[name] = loaded[stored]
+                    _put(self._model, name, loaded[stored])
 
-            return hook
-
-        for path, wanted in self._users.items():
-            handles.append(self.module(path).register_forward_pre_hook(provide(wanted)))
+        handles = [
+            self.module(path).register_forward_pre_hook(partial(provide, wanted))
+            for path, wanted in self._users.items()
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for name in placed:
-                stored = loaded[dict(pair for users in self._users.values() for pair in users)[name]]
-                _put(self._model, name, torch.empty_like(stored, device="meta"))
+            for name, tensor in placed.items():
+                _put(self._model, name, torch.empty_like(tensor, device="meta"))
 
 
 def _users_of(tree: ModelTree) -> dict[str, list[tuple[str, str]]]:
-    """Modules outside the block lists -> (name in the module tree, name under which it is stored) of their tensors."""
+    """Modules outside the block lists -> (name in the module tree, name under which it is stored) of their
+    tensors."""
     repeated = {name for block in tree.blocks if block.repeated for name in block.tensors}
     users: dict[str, list[tuple[str, str]]] = {}
     for name in tree.shapes:
@@ -250,10 +248,10 @@ def _users_of(tree: ModelTree) -> dict[str, list[tuple[str, str]]]:
 def _put(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    if attribute in module._buffers:  # noqa: SLF001
-        module._buffers[attribute] = tensor  # noqa: SLF001
+    if attribute in module._buffers:
+        module._buffers[attribute] = tensor
     else:
-        module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)  # noqa: SLF001
+        module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, _Call]:
@@ -271,9 +269,14 @@ def _hidden_of(output: Any, block: str) -> torch.Tensor:
     hidden = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(hidden, torch.Tensor):
         raise ConvertError(
-            f"{block} returns a {type(output).__name__}, so the model cannot be run block by block; use --method magnitude"
+            f"{block} returns a {type(output).__name__}, so the model cannot be run block by block; use "
+            "--method magnitude"
         )
     return hidden
+
+
+def _constant(value: Any, *_: Any, **__: Any) -> Any:
+    return value
 
 
 def _without_hidden(output: Any, block: str) -> Any:
@@ -287,9 +290,14 @@ def _with_hidden(rest: Any, hidden: torch.Tensor) -> Any:
 
 
 def _shared(value: Any, reference: Any) -> Any:
-    """`value` with every tensor replaced by the equal one in `reference`: batches mostly get the same masks."""
+    """`value` with every tensor replaced by the equal one in `reference`: batches mostly get the same
+    masks."""
     if isinstance(value, torch.Tensor) and isinstance(reference, torch.Tensor):
-        same = value.shape == reference.shape and value.dtype == reference.dtype and torch.equal(value, reference)
+        same = (
+            value.shape == reference.shape
+            and value.dtype == reference.dtype
+            and torch.equal(value, reference)
+        )
         return reference if same else value
     if isinstance(value, _Call) and isinstance(reference, _Call):
         args, kwargs = _shared(value.args, reference.args), _shared(value.kwargs, reference.kwargs)

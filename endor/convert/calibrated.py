@@ -1,7 +1,7 @@
 """Pruning with activations: each block is run on calibration text, pruned by what it saw, and run again.
 
-The second run, with the pruned weights, makes the inputs of the next block, so that every block is pruned for the
-inputs it will have in the pruned model.
+The second run, with the pruned weights, makes the inputs of the next block, so that every block is pruned
+for the inputs it will have in the pruned model.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ def calibration_sequences(directory: Path, config: Any, options: ConvertOptions)
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConvertError(
-            f"{directory}: method {options.method} needs the model's tokenizer, which cannot be loaded ({reason}). Put its "
+            f"{directory}: method {options.method} needs the model's tokenizer, which cannot be loaded "
+            f"({reason}). Put its "
             "files there, or use --method magnitude"
         ) from error
     chosen = options.calibration
@@ -62,7 +63,8 @@ def calibration_sequences(directory: Path, config: Any, options: ConvertOptions)
     vocabulary = config.get_text_config().vocab_size
     if int(ids.max()) >= vocabulary:
         raise ConvertError(
-            f"{directory}: the tokenizer makes token {int(ids.max())}, the model has a vocabulary of {vocabulary}; they do "
+            f"{directory}: the tokenizer makes token {int(ids.max())}, the model has a vocabulary of "
+            f"{vocabulary}; they do "
             "not belong together"
         )
     return ids
@@ -123,7 +125,8 @@ class CalibratedBlocks:
         if self._unseen:
             names, self._unseen = self._unseen, []
             warnings.warn(
-                f"{len(names)} tensors saw no activations and were pruned by magnitude: {', '.join(names[:5])}"
+                f"{len(names)} tensors saw no activations and were pruned by magnitude: "
+                f"{', '.join(names[:5])}"
                 f"{', ...' if len(names) > 5 else ''}",
                 stacklevel=2,
             )
@@ -138,10 +141,13 @@ class CalibratedBlocks:
         self._begin(block.name, tensors)
         self._prune(block, tensors)
         for tensor in block.tensors:
-            yield Job(partial(pack, tensor, tensors.pop(tensor.name), self._options.values), tensor.memory_bytes)
+            yield Job(
+                partial(pack, tensor, tensors.pop(tensor.name), self._options.values), tensor.memory_bytes
+            )
 
     def skip(self, shard: ShardPlan, header: Header, path: Path) -> None:
-        """Run the blocks of a finished shard with the pruned weights it holds, for the inputs of what follows."""
+        """Run the blocks of a finished shard with the pruned weights it holds, for the inputs of what
+        follows."""
         for block in shard.blocks:
             if block.repeated and self._last and block.name != self._last:
                 if block.name.rpartition(".")[0] not in self._begun:
@@ -160,7 +166,9 @@ class CalibratedBlocks:
 
     def _prune(self, block: BlockPlan, tensors: Mapping[str, torch.Tensor]) -> None:
         selected = [tensor for tensor in block.tensors if tensor.linear is not None]
-        modules = {t.name: self._model.module(t.linear.module) for t in selected if t.linear and not t.linear.fused}
+        modules = {
+            t.name: self._model.module(t.linear.module) for t in selected if t.linear and not t.linear.fused
+        }
         with self._model.installed(tensors), InputNorms(modules) as seen:
             self._model.run(block.name, advance=False)
         for tensor in selected:
@@ -174,7 +182,8 @@ class CalibratedBlocks:
 
     def _prune_one(self, tensor: TensorPlan, weight: torch.Tensor, norms: torch.Tensor | None) -> None:
         criterion, linear = self._options.criterion, tensor.linear
-        assert criterion is not None and linear is not None, "only selected tensors are pruned"
+        assert criterion is not None, "calibration has a criterion"
+        assert linear is not None, "only selected tensors are pruned"
         if norms is None:
             self._unseen.append(tensor.name)
         elif not bool(norms.isfinite().all()):
@@ -227,19 +236,30 @@ def _compute_dtype(plan: ConversionPlan, device: torch.device) -> torch.dtype:
         if tensor.recipe.dtype.is_floating_point:
             sizes[tensor.recipe.dtype] = sizes.get(tensor.recipe.dtype, 0) + tensor.recipe.nbytes
     dtype = max(sizes, key=lambda d: sizes[d], default=torch.float32)
-    fast = (torch.bfloat16, torch.float32) if device.type == "cpu" else (torch.bfloat16, torch.float16, torch.float32)
+    fast = (
+        (torch.bfloat16, torch.float32)
+        if device.type == "cpu"
+        else (torch.bfloat16, torch.float16, torch.float32)
+    )
     return dtype if dtype in fast else torch.float32
 
 
 def _needed_bytes(plan: ConversionPlan, dtype: torch.dtype, *, tokens: int) -> int:
-    """Weights of the largest block, as stored and as computed with, or of what runs before the blocks; and the
-    activations inside a block."""
+    """Weights of the largest block, as stored and as computed with, or of what runs before the blocks; and
+    the activations inside a block."""
     held = [0]
     features = [0]
     outside = 0
     for block in (block for shard in plan.shards for block in shard.blocks):
-        own = sum(tensor.recipe.nbytes + tensor.recipe.source_bytes * bool(tensor.recipe.merge) for tensor in block.tensors)
-        cast = sum(torch.Size(t.recipe.shape).numel() * dtype.itemsize for t in block.tensors if t.recipe.dtype != dtype)
+        own = sum(
+            tensor.recipe.nbytes + tensor.recipe.source_bytes * bool(tensor.recipe.merge)
+            for tensor in block.tensors
+        )
+        cast = sum(
+            torch.Size(t.recipe.shape).numel() * dtype.itemsize
+            for t in block.tensors
+            if t.recipe.dtype != dtype
+        )
         if block.repeated:
             held.append(own + cast)
             features.append(sum(sum(t.recipe.shape[-2:]) for t in block.tensors if t.linear is not None))

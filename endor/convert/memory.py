@@ -43,7 +43,8 @@ def plan_memory(limit: int | None, *, largest_tensor_bytes: int, needed_bytes: i
     """Split the bound between what the process has already and the work to come.
 
     Args:
-        limit: the bound; None is `largest_tensor_bytes` x 4 + 1 GiB, or more if a block of calibration needs more.
+        limit: the bound; None is `largest_tensor_bytes` x 4 + 1 GiB, or more if a block of calibration needs
+            more.
         largest_tensor_bytes: of the source.
         needed_bytes: what the work takes at least.
 
@@ -55,7 +56,8 @@ def plan_memory(limit: int | None, *, largest_tensor_bytes: int, needed_bytes: i
         mib = 1 << 20
         raise ConvertError(
             f"--memory {total / mib:.0f} MiB is too small: this model needs at least "
-            f"{-(-(fixed + needed_bytes) // mib)} MiB, {fixed // mib} MiB for the program and {-(-needed_bytes // mib)} MiB for "
+            f"{-(-(fixed + needed_bytes) // mib)} MiB, {fixed // mib} MiB for the program and "
+            f"{-(-needed_bytes // mib)} MiB for "
             "the largest tensors and what is made of them"
         )
     return MemoryBudget(total, total - fixed)

@@ -1,7 +1,9 @@
-"""The model as transformers builds it, on the meta device: blocks in execution order, Linear weights, tied weights.
+"""The model as transformers builds it, on the meta device: blocks in execution order, Linear weights, tied
+weights.
 
-Nothing here knows an architecture by name. Blocks are the elements of the outermost ModuleLists of equal modules that
-own Linear weights (decoder layers, encoder layers); every other module that owns tensors is a block of its own.
+Nothing here knows an architecture by name. Blocks are the elements of the outermost ModuleLists of equal
+modules that own Linear weights (decoder layers, encoder layers); every other module that owns tensors is a
+block of its own.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class ModelTree:
         shapes: of every tensor of the state dict.
         ties: name -> name of the tensor it is tied to.
         segments: names of the block lists in execution order, each with the names of its blocks.
-        blocks: every block, in execution order; a tied tensor stands in the block of the tensor it is tied to.
+        blocks: every block, in execution order; a tied tensor stands in the block of the tensor it is tied
+            to.
         linears: the matrices of the repeated blocks by name.
     """
 
@@ -90,21 +93,27 @@ def build_model_tree(directory: Path, config: Mapping[str, Any]) -> ModelTree:
         with torch.device("meta"):
             model: PreTrainedModel = cls(parsed).eval()
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise ConvertError(f"{directory}: {cls.__name__} cannot be built from its config.json ({error})") from error
+        raise ConvertError(
+            f"{directory}: {cls.__name__} cannot be built from its config.json ({error})"
+        ) from error
     state = model.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     ties = _resolve_ties(dict(model.all_tied_weights_keys), shapes)
-    segments = {name: tuple(f"{name}.{i}" for i in range(len(module))) for name, module in _block_lists(model)}
+    segments = {
+        name: tuple(f"{name}.{i}" for i in range(len(module))) for name, module in _block_lists(model)
+    }
     return ModelTree(model, shapes, ties, segments, _order_blocks(model, list(shapes), ties, segments))
 
 
 def runnable_copy(tree: ModelTree, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The same model once more with real buffers, as running it takes; its parameters are on meta, of `dtype`."""
+    """The same model once more with real buffers, as running it takes; its parameters are on meta, of
+    `dtype`."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = type(tree.model)._from_config(tree.model.config, dtype=dtype)  # noqa: SLF001
-    return model.eval().requires_grad_(False)
+        model: PreTrainedModel = type(tree.model)._from_config(tree.model.config, dtype=dtype)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def _model_class(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -117,8 +126,10 @@ def _model_class(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConvertError(
-            f"{directory}: transformers {transformers.__version__} cannot read this model's config ({reason}). model_type "
-            f"is {config.get('model_type')!r}, architectures {architectures}: a newer transformers may know it"
+            f"{directory}: transformers {transformers.__version__} cannot read this model's config "
+            f"({reason}). model_type "
+            f"is {config.get('model_type')!r}, architectures {architectures}: a newer transformers may know "
+            "it"
         ) from error
     return _find_class(directory, parsed, architectures), parsed
 
@@ -127,18 +138,21 @@ def _find_class(directory: Path, config: Any, architectures: list[str]) -> Any:
     import transformers
 
     if architectures:
-        cls = getattr(transformers, str(architectures[0]), None)
+        cls: Any = getattr(transformers, str(architectures[0]), None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
         raise ConvertError(
-            f"{directory}: unknown model class {architectures[0]!r}; transformers {transformers.__version__} has no such "
+            f"{directory}: unknown model class {architectures[0]!r}; transformers "
+            f"{transformers.__version__} has no such "
             "model. A newer transformers may have it; models that bring their own code are not supported"
         )
     for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
         if type(config) in mapping:
             cls = mapping[type(config)]
             return cls[0] if isinstance(cls, tuple) else cls
-    raise ConvertError(f"{directory}: config.json names no architectures, and none is known for {type(config).__name__}")
+    raise ConvertError(
+        f"{directory}: config.json names no architectures, and none is known for {type(config).__name__}"
+    )
 
 
 def _resolve_ties(tied: Mapping[str, str], shapes: Mapping[str, Any]) -> dict[str, str]:
@@ -191,7 +205,8 @@ def _linear_weights(model: nn.Module, block: TreeBlock) -> Iterator[LinearWeight
 def _order_blocks(
     model: PreTrainedModel, names: list[str], ties: Mapping[str, str], segments: Mapping[str, tuple[str, ...]]
 ) -> tuple[TreeBlock, ...]:
-    """Blocks in the order in which their modules first run; in the order of the tree where that cannot be found."""
+    """Blocks in the order in which their modules first run; in the order of the tree where that cannot be
+    found."""
     repeated = {block for blocks in segments.values() for block in blocks}
     owners: dict[str, list[str]] = {}
     for name in names:
@@ -213,7 +228,8 @@ def _owner(name: str, repeated: set[str]) -> str:
 
 
 def _unseen_rank(model: nn.Module, repeated: set[str]) -> Callable[[str, Mapping[str, int]], tuple[int, int]]:
-    """Where modules go that the trial run did not see: embeddings first, the others where the tree has them."""
+    """Where modules go that the trial run did not see: embeddings first, the others where the tree has
+    them."""
     tree = {name: position for position, (name, _) in enumerate(model.named_modules())}
 
     def rank(name: str, order: Mapping[str, int]) -> tuple[int, int]:
@@ -227,7 +243,8 @@ def _unseen_rank(model: nn.Module, repeated: set[str]) -> Callable[[str, Mapping
 
 
 def _execution_order(model: PreTrainedModel, repeated: set[str]) -> list[str]:
-    """Names of modules in the order of their first call, from a run on meta with blocks that pass their input on.
+    """Names of modules in the order of their first call, from a run on meta with blocks that pass their
+    input on.
 
     Empty if the model cannot run that way.
     """
@@ -235,7 +252,7 @@ def _execution_order(model: PreTrainedModel, repeated: set[str]) -> list[str]:
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)))
-    attention = model.config._attn_implementation  # noqa: SLF001
+    attention = model.config._attn_implementation
     try:
         # Only the eager masks are made without looking at values, which a meta tensor does not have.
         model.set_attn_implementation("eager")

@@ -38,7 +38,8 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.sequence_length < 1:
             raise ConvertError(
-                f"samples and sequence_length must be at least 1, found {self.samples} and {self.sequence_length}"
+                f"samples and sequence_length must be at least 1, found {self.samples} and "
+                f"{self.sequence_length}"
             )
 
 
@@ -91,7 +92,8 @@ class ConvertOptions:
         return parse_pattern(self.pattern, sparsity=self.sparsity)
 
     def identity(self) -> dict[str, Any]:
-        """The options that decide what is written, JSON-able: what a resumed conversion must have in common."""
+        """The options that decide what is written, JSON-able: what a resumed conversion must have in
+        common."""
         decided: dict[str, Any] = {
             "method": self.method,
             "sparsity": self.sparsity,
@@ -103,5 +105,10 @@ class ConvertOptions:
         }
         if self.criterion is not None and self.criterion.needs_activations:
             c = self.calibration
-            decided |= {"samples": c.samples, "sequence_length": c.sequence_length, "seed": c.seed, "device": c.device}
+            decided |= {
+                "samples": c.samples,
+                "sequence_length": c.sequence_length,
+                "seed": c.seed,
+                "device": c.device,
+            }
         return decided

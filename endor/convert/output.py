@@ -1,8 +1,9 @@
-"""The directory a conversion writes: what it may hold before, how it is marked unfinished, and how it is finished.
+"""The directory a conversion writes: what it may hold before, how it is marked unfinished, and how it is
+finished.
 
 While a conversion is under way the directory has a journal and no config.json. The journal says what is being
-converted and how; the shards under their final names are the ones that are finished. config.json comes last, so a
-directory that has one is complete.
+converted and how; the shards under their final names are the ones that are finished. config.json comes last,
+so a directory that has one is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from endor.errors import ConvertError
 from endor.formats.reader import CONFIG_NAME, is_endor_checkpoint
 from endor.formats.writer import INDEX_NAME, atomic_write
 
-__all__ = ["ACTIVATIONS_NAME", "JOURNAL_NAME", "OutputState", "check_output", "claim_output", "copy_companions", "finish_output"]
+__all__ = [
+    "ACTIVATIONS_NAME",
+    "JOURNAL_NAME",
+    "OutputState",
+    "check_output",
+    "claim_output",
+    "copy_companions",
+    "finish_output",
+]
 
 JOURNAL_NAME = "endor-conversion.json"
 ACTIVATIONS_NAME = "endor-activations.tmp"
@@ -74,20 +83,27 @@ def check_output(out: Path, source: Path, *, resume: bool, overwrite: bool) -> O
     match state:
         case OutputState.FOREIGN:
             raise ConvertError(
-                f"{out} is not empty and was not written by Endor, so it is left alone; choose a new directory"
+                f"{out} is not empty and was not written by Endor, so it is left alone; choose a new "
+                "directory"
             )
         case OutputState.COMPLETE if resume:
             raise ConvertError(f"{out} is complete, there is nothing to resume; --overwrite converts again")
         case OutputState.COMPLETE if not overwrite:
-            raise ConvertError(f"{out} is an Endor checkpoint already; choose a new directory, or --overwrite it")
+            raise ConvertError(
+                f"{out} is an Endor checkpoint already; choose a new directory, or --overwrite it"
+            )
         case OutputState.INTERRUPTED if not (resume or overwrite):
-            raise ConvertError(f"{out} holds an interrupted conversion; continue it with --resume, or --overwrite it")
+            raise ConvertError(
+                f"{out} holds an interrupted conversion; continue it with --resume, or --overwrite it"
+            )
         case _:
             return state
 
 
 @contextmanager
-def claim_output(out: Path, state: OutputState, fingerprint: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
+def claim_output(
+    out: Path, state: OutputState, fingerprint: Mapping[str, Any], *, resume: bool
+) -> Iterator[None]:
     """Mark the directory as being written to, alone, for as long as the context lasts.
 
     Args:
@@ -124,7 +140,9 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConvertError(f"another conversion is writing to {out}; wait for it, or stop it first") from None
+            raise ConvertError(
+                f"another conversion is writing to {out}; wait for it, or stop it first"
+            ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF):
                 raise
@@ -143,7 +161,8 @@ def _check_same(journal: Path, fingerprint: Mapping[str, Any]) -> None:
     differences = list(_differences(recorded, expected)) if isinstance(recorded, dict) else ["the whole file"]
     if differences:
         raise ConvertError(
-            f"{journal.parent}: the interrupted conversion was started differently: {'; '.join(differences[:5])}. Use the "
+            f"{journal.parent}: the interrupted conversion was started differently: "
+            f"{'; '.join(differences[:5])}. Use the "
             "same source and options, or start again with --overwrite"
         )
 

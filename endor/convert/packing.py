@@ -1,4 +1,5 @@
-"""One tensor through the converter's middle: pruned, packed in the smallest form, and decoded again to be sure."""
+"""One tensor through the converter's middle: pruned, packed in the smallest form, and decoded again to be
+sure."""
 
 from __future__ import annotations
 
@@ -73,11 +74,13 @@ def _verify(name: str, weight: torch.Tensor, packed: PackedTensor) -> None:
         wrong = int(np.count_nonzero(found.view(np.uint8) != expected.view(np.uint8)))
         raise ConvertError(
             f"{name}: decoding the packed weight gives {wrong} other bytes than were encoded (codec "
-            f"{packed.layout.codec}). Nothing was written for it; this is a defect of Endor or of this machine's memory"
+            f"{packed.layout.codec}). Nothing was written for it; this is a defect of Endor or of this "
+            "machine's memory"
         )
 
 
 def _words(tensor: torch.Tensor) -> NDArray[Any]:
-    """The bytes of a contiguous tensor in the widest integers that fit: comparing those is 6x faster than bytes."""
+    """The bytes of a contiguous tensor in the widest integers that fit: comparing those is 6x faster than
+    bytes."""
     raw = tensor.view(-1).view(torch.uint8).numpy()
     return raw.view(np.uint64) if raw.nbytes % 8 == 0 else raw

@@ -1,7 +1,8 @@
 """The conversion: source tensors in the model's order, pruned, packed, checked and written shard by shard.
 
-Reading, pruning, packing and checking of tensors run ahead on worker threads (numpy, torch and the kernels release the
-interpreter lock) while this thread writes. A criterion that needs activations takes the blocks one after another.
+Reading, pruning, packing and checking of tensors run ahead on worker threads (numpy, torch and the kernels
+release the interpreter lock) while this thread writes. A criterion that needs activations takes the blocks
+one after another.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def convert(
         sparsity: share of the weights that go, 0.5 by default; fixed by an N:M pattern.
         pattern: `unstructured`, `2:4` or `4:8` along the input dimension.
         values: codec of what stays; `auto` takes the smallest lossless one.
-        calibration: text file (documents separated by blank lines) or .jsonl with `text`; default: the text that ships.
+        calibration: text file (documents separated by blank lines) or .jsonl with `text`; default: the text
+            that ships.
         samples: number of calibration sequences.
         sequence_length: tokens of each.
         seed: chooses the sequences.
@@ -201,12 +203,18 @@ class _Conversion:
         config = self._plan.tree.model.config
         sequences = calibration_sequences(self._checkpoint.directory, config, self._options)
         self._calibration_digest = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
-        return CalibratedBlocks(self._checkpoint, self._plan, self._options, out=self._out, sequences=sequences)
+        return CalibratedBlocks(
+            self._checkpoint, self._plan, self._options, out=self._out, sequences=sequences
+        )
 
     @property
     def _calibrates(self) -> bool:
         criterion = self._options.criterion
-        return criterion is not None and criterion.needs_activations and any(t.linear for t in self._plan.tensors)
+        return (
+            criterion is not None
+            and criterion.needs_activations
+            and any(t.linear for t in self._plan.tensors)
+        )
 
     def _plan_memory(self) -> MemoryBudget:
         largest = max((tensor.memory_bytes for tensor in self._plan.tensors), default=0)
@@ -219,7 +227,9 @@ class _Conversion:
     def run(self) -> ConvertReport:
         """Write what is not there yet. Raises ConvertError."""
         writer = CheckpointWriter(self._out, shards=len(self._plan.shards))
-        finished = {s.number: _finished_header(writer, s) for s in self._plan.shards if writer.has_shard(s.number)}
+        finished = {
+            s.number: _finished_header(writer, s) for s in self._plan.shards if writer.has_shard(s.number)
+        }
         left = [shard for shard in self._plan.shards if shard.number not in finished]
         self._check_disk(left)
         ahead = max(tensor.memory_bytes for tensor in self._plan.tensors)
@@ -227,7 +237,9 @@ class _Conversion:
         # Calibration has use for memory, to keep activations; tensors that wait to be written have little.
         self._blocks.start(left, spare)
         packed = run_in_order(
-            self._jobs(writer, finished), workers=_WORKERS, memory_bytes=ahead if self._calibrates else ahead + spare
+            self._jobs(writer, finished),
+            workers=_WORKERS,
+            memory_bytes=ahead if self._calibrates else ahead + spare,
         )
         try:
             for shard in left:
@@ -244,7 +256,8 @@ class _Conversion:
         if free < needed:
             mib = 1 << 20
             raise ConvertError(
-                f"{self._out}: the checkpoint needs up to {-(-needed // mib)} MiB, but only {free // mib} MiB are free there; "
+                f"{self._out}: the checkpoint needs up to {-(-needed // mib)} MiB, but only {free // mib} "
+                "MiB are free there; "
                 "free some space, or choose an OUT on another disk"
             )
 
@@ -304,7 +317,8 @@ class _Conversion:
 
 
 def _finished_header(writer: CheckpointWriter, shard: ShardPlan) -> Header:
-    """The header of a shard that an earlier run finished. Raises ConvertError if it is not what the plan says."""
+    """The header of a shard that an earlier run finished. Raises ConvertError if it is not what the plan
+    says."""
     path = writer.shard_path(shard.number)
     try:
         header, _ = read_header(path)
@@ -312,5 +326,7 @@ def _finished_header(writer: CheckpointWriter, shard: ShardPlan) -> Header:
         raise ConvertError(f"{error}. Delete the file and run again with --resume") from error
     found = [(b.name, [e.name for e in b.entries]) for b in header.blocks]
     if found != [(b.name, [t.name for t in b.tensors]) for b in shard.blocks]:
-        raise ConvertError(f"{path} does not hold what this conversion puts there; start again with --overwrite")
+        raise ConvertError(
+            f"{path} does not hold what this conversion puts there; start again with --overwrite"
+        )
     return header

@@ -1,6 +1,8 @@
-"""The plan of a conversion: which tensor goes where, pruned or not, decided before anything is read or written.
+"""The plan of a conversion: which tensor goes where, pruned or not, decided before anything is read or
+written.
 
-The plan follows from names, shapes and options alone, so that an interrupted conversion plans the same shards again.
+The plan follows from names, shapes and options alone, so that an interrupted conversion plans the same
+shards again.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from endor.pruning import Criterion, NofM
 __all__ = ["BlockPlan", "ConversionPlan", "Packed", "ShardPlan", "TensorPlan", "plan_conversion"]
 
 _SECTIONS_AT_MOST = 8
-# A pruned tensor of 16-bit values is in memory with its scores, a copy of them to select in, and the mask; later with
+# A pruned tensor of 16-bit values is in memory with its scores, a copy of them to select in, and the mask;
+# later with
 # its packed form and the decoded one. Both stay below four times the tensor.
 _SELECTED_COST = 4
 
@@ -110,7 +113,9 @@ class ConversionPlan:
         return max((max(t.recipe.nbytes, t.recipe.source_bytes) for t in self.tensors), default=0)
 
 
-def plan_conversion(tree: ModelTree, recipes: Mapping[str, Recipe], options: ConvertOptions) -> ConversionPlan:
+def plan_conversion(
+    tree: ModelTree, recipes: Mapping[str, Recipe], options: ConvertOptions
+) -> ConversionPlan:
     """Decide on tensors, blocks and shards.
 
     Raises ConvertError for a pattern or a selection that does not fit the model.
@@ -138,7 +143,9 @@ def _select(
     for option, patterns in (("include", options.include), ("exclude", options.exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in tree.shapes):
-                raise ConvertError(f"--{option} {pattern!r} matches no tensor of the model; names look like {_sample(tree)}")
+                raise ConvertError(
+                    f"--{option} {pattern!r} matches no tensor of the model; names look like {_sample(tree)}"
+                )
     selected = {}
     for name, recipe in recipes.items():
         linear = _linear_of(tree, recipe, included=_matches(name, options.include))
@@ -170,7 +177,8 @@ def _check_rule(linear: LinearWeight, recipe: Recipe, options: ConvertOptions) -
         return
     if linear.fused and isinstance(options.rule, NofM):
         raise ConvertError(
-            f"{recipe.name}: pattern {options.pattern} is not supported for experts stored as one tensor. Leave them out "
+            f"{recipe.name}: pattern {options.pattern} is not supported for experts stored as one tensor. "
+            "Leave them out "
             f"with --exclude '{recipe.name}', or use --pattern unstructured"
         )
     options.rule.check_shape(recipe.name, recipe.shape[linear.input_dim])
@@ -199,7 +207,9 @@ def _kept_at_most(recipe: Recipe, linear: LinearWeight, criterion: Criterion, op
     rows, cols = recipe.shape[-2:]
     if linear.input_dim == 0:
         rows, cols = cols, rows
-    per_matrix = [options.rule.kept_at_most(rows, cols, per_row=per_row) for per_row in {criterion.per_row, False}]
+    per_matrix = [
+        options.rule.kept_at_most(rows, cols, per_row=per_row) for per_row in {criterion.per_row, False}
+    ]
     matrices = Geometry.of(recipe.shape).rows // recipe.shape[-2] if recipe.shape[-2] else 0
     return matrices * max(per_matrix)
 

@@ -1,7 +1,9 @@
-"""How each tensor of the model is made from tensors of the source: renamed, or merged by transformers' own operations.
+"""How each tensor of the model is made from tensors of the source: renamed, or merged by transformers' own
+operations.
 
-Checkpoints differ from the module tree: a base model's prefix present or absent, names of older releases, experts
-stored one by one. transformers has the rules for all of that, and this module asks it instead of repeating them.
+Checkpoints differ from the module tree: a base model's prefix present or absent, names of older releases,
+experts stored one by one. transformers has the rules for all of that, and this module asks it instead of
+repeating them.
 """
 
 from __future__ import annotations
@@ -70,8 +72,8 @@ def plan_recipes(tree: ModelTree, tensors: Mapping[str, SourceTensor], read: Rea
 
     Raises ConvertError if a tensor of the model has no source, or one of another shape.
     """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     mapping = get_model_conversion_mapping(tree.model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -98,7 +100,8 @@ class _Conversion:
 def _match(
     tree: ModelTree, tensors: Iterable[str], renamings: list[Any], converters: list[Any]
 ) -> tuple[dict[str, str], dict[_Conversion, list[tuple[str, str]]], list[str]]:
-    """Sort the source's names into direct matches, inputs of converters (name, pattern), and what matches nothing."""
+    """Sort the source's names into direct matches, inputs of converters (name, pattern), and what matches
+    nothing."""
     from transformers.core_model_loading import dot_natural_key, rename_source_key
 
     model, state = tree.model, dict.fromkeys(tree.shapes, True)
@@ -114,7 +117,9 @@ def _match(
             unexpected.append(name)
         elif pattern is None:
             if target in direct:
-                raise ConvertError(f"the source has {name!r} and {direct[target]!r}, which both stand for {target!r}")
+                raise ConvertError(
+                    f"the source has {name!r} and {direct[target]!r}, which both stand for {target!r}"
+                )
             direct[target] = name
         else:
             merged.setdefault(_Conversion(target, by_pattern[pattern]), []).append((name, pattern))
@@ -126,7 +131,10 @@ def _direct(target: str, tensor: SourceTensor) -> Recipe:
 
 
 def _merged(
-    model: PreTrainedModel, conversion: _Conversion, sources: list[tuple[str, str]], tensors: Mapping[str, SourceTensor]
+    model: PreTrainedModel,
+    conversion: _Conversion,
+    sources: list[tuple[str, str]],
+    tensors: Mapping[str, SourceTensor],
 ) -> dict[str, Recipe]:
     """Recipes of all tensors that one converter makes; shapes come from a run of it on meta tensors."""
 
@@ -165,7 +173,8 @@ def _convert(
         made = converter.convert(conversion.first_target, model=model, config=model.config)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ConvertError(
-            f"{type(model).__name__}: transformers could not make {conversion.first_target!r} from {sources[0][0]!r} and "
+            f"{type(model).__name__}: transformers could not make {conversion.first_target!r} from "
+            f"{sources[0][0]!r} and "
             f"{len(sources) - 1} more ({error})"
         ) from error
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -175,13 +184,15 @@ def _check_shapes(tree: ModelTree, recipes: Mapping[str, Recipe]) -> None:
     for name, recipe in recipes.items():
         if name in tree.shapes and recipe.shape != tree.shapes[name]:
             raise ConvertError(
-                f"tensor {recipe.sources[0]!r} has shape {list(recipe.shape)}, but config.json makes {name!r} "
+                f"tensor {recipe.sources[0]!r} has shape {list(recipe.shape)}, but config.json makes "
+                f"{name!r} "
                 f"{list(tree.shapes[name])}; config and weights do not belong together"
             )
 
 
 def _keep_one_of_tied(tree: ModelTree, recipes: Mapping[str, Recipe], read: Read) -> dict[str, Recipe]:
-    """Each group of tied tensors under the name the others are tied to, whichever of its names the source has."""
+    """Each group of tied tensors under the name the others are tied to, whichever of its names the source
+    has."""
     kept = {name: recipe for name, recipe in recipes.items() if name not in tree.ties}
     for name, end in tree.ties.items():
         if name not in recipes:
@@ -190,7 +201,8 @@ def _keep_one_of_tied(tree: ModelTree, recipes: Mapping[str, Recipe], read: Read
             kept[end] = replace(recipes[name], name=end)
         elif not _same_bits(recipes[name], kept[end], read):
             raise ConvertError(
-                f"config.json ties {name!r} to {end!r}, but the source has both and they differ. If the model is not "
+                f"config.json ties {name!r} to {end!r}, but the source has both and they differ. If the "
+                "model is not "
                 "tied, set tie_word_embeddings to false in its config.json"
             )
     return kept
@@ -203,23 +215,32 @@ def _same_bits(one: Recipe, other: Recipe, read: Read) -> bool:
 
 
 def _check_missing(tree: ModelTree, recipes: Mapping[str, Recipe]) -> None:
-    ignored = _pattern(tree.model._keys_to_ignore_on_load_missing)  # noqa: SLF001
-    missing = [n for n in tree.shapes if n not in recipes and n not in tree.ties and not (ignored and ignored.search(n))]
+    ignored = _pattern(tree.model._keys_to_ignore_on_load_missing)
+    missing = [
+        n
+        for n in tree.shapes
+        if n not in recipes and n not in tree.ties and not (ignored and ignored.search(n))
+    ]
     if missing:
         raise ConvertError(
-            f"the source lacks {len(missing)} tensors that {type(tree.model).__name__} needs: {_some(missing)}. "
-            "config.json (architectures) and the weights do not belong together, or the download is incomplete"
+            f"the source lacks {len(missing)} tensors that {type(tree.model).__name__} needs: "
+            f"{_some(missing)}. "
+            "config.json (architectures) and the weights do not belong together, or the download is "
+            "incomplete"
         )
 
 
 def _report_unexpected(model: PreTrainedModel, unexpected: list[str]) -> None:
-    patterns = set(model._keys_to_ignore_on_load_unexpected or ())  # noqa: SLF001
+    patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     # Buffers that older releases stored and that transformers now computes, as its own loading has it.
-    ignored = _pattern({*patterns, r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$"})
+    ignored = _pattern(
+        {*patterns, r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$"}
+    )
     left = [name for name in unexpected if not (ignored and ignored.search(name))]
     if left:
         warnings.warn(
-            f"{len(left)} tensors of the source are not part of {type(model).__name__} and are left out: {_some(left)}",
+            f"{len(left)} tensors of the source are not part of {type(model).__name__} and are left out: "
+            f"{_some(left)}",
             stacklevel=2,
         )
 

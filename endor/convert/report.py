@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ class ConvertReport:
         bits_per_weight: all sections of the selected tensors, per weight.
         sparsity: share of zeros among the weights of the selected tensors.
         seconds: from the first look at the source to the last write.
-        perplexity: `dense` and `converted`, if it was asked for.
     """
 
     out: Path
@@ -56,14 +55,11 @@ class ConvertReport:
     bits_per_weight: float
     sparsity: float
     seconds: float
-    perplexity: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object that `convert-model --json` prints."""
         values = asdict(self)
         del values["out"]
-        if self.perplexity is None:
-            del values["perplexity"]
         return values
 
 

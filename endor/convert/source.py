@@ -21,7 +21,8 @@ __all__ = ["SourceCheckpoint", "resolve_source"]
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+_HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_HUB_TIMEOUT_S = 10.0
 
 
 def resolve_source(source: str | Path) -> Path:
@@ -37,22 +38,39 @@ def resolve_source(source: str | Path) -> Path:
 
 
 def _download(repository: str) -> Path:
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    """The snapshot of a hub repository: what is new is downloaded; without a network, what the cache has
+    is used."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # The HTTP library under huggingface_hub has changed with its releases; its own base error says which it
+    # is.
+    http_errors: Any = tuple(
+        c for c in HfHubHTTPError.__mro__ if c.__name__ in ("HTTPError", "RequestException")
+    )
     try:
         try:
-            return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, local_files_only=True))
-        except LocalEntryNotFoundError:
-            files = list_repo_files(repository)
-        patterns = [*_HUB_FILES] if any(f.endswith(".safetensors") for f in files) else [*_HUB_FILES, "*.bin"]
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConvertError(
-            f"{repository!r} is not a directory, and as a hub id it cannot be downloaded ({reason}). Give the path of a "
-            "local model directory, or check the name, your network and your access"
-        ) from error
+            info = HfApi().model_info(repository, timeout=_HUB_TIMEOUT_S)
+        except HfHubHTTPError:
+            raise
+        except (*http_errors, OSError):
+            return Path(snapshot_download(repository, local_files_only=True))
+        files = [entry.rfilename for entry in info.siblings or ()]
+        weights = "*.safetensors" if any(name.endswith(".safetensors") for name in files) else "*.bin"
+        return Path(snapshot_download(repository, allow_patterns=[*_HUB_FILES, weights]))
+    except LocalEntryNotFoundError as error:
+        reason = "the hub cannot be reached and the cache does not have it"
+        raise _not_a_model(repository, reason) from error
+    except (*http_errors, HFValidationError, OSError) as error:
+        raise _not_a_model(repository, str(error).strip().partition("\n")[0]) from error
+
+
+def _not_a_model(repository: str, reason: str) -> ConvertError:
+    return ConvertError(
+        f"{repository!r} is not a directory, and as a hub id it cannot be downloaded: {reason}. Give the "
+        "path of a "
+        "local model directory, or check the name, your network and your access"
+    )
 
 
 class SourceCheckpoint:
@@ -65,7 +83,8 @@ class SourceCheckpoint:
         files: the weight files, in the order of their names.
 
     Raises:
-        ConvertError: there is no model here, it is Endor's or quantized already, or a file is missing or damaged.
+        ConvertError: there is no model here, it is Endor's or quantized already, or a file is missing or
+            damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -74,7 +93,9 @@ class SourceCheckpoint:
         weight_map, self._paths = _find_weights(directory)
         self._homes: dict[str, WeightFile] = {}
         with ExitStack() as stack:
-            self.files: tuple[WeightFile, ...] = tuple(stack.enter_context(open_weight_file(p)) for p in self._paths)
+            self.files: tuple[WeightFile, ...] = tuple(
+                stack.enter_context(open_weight_file(p)) for p in self._paths
+            )
             self._locate(weight_map)
             self._close = stack.pop_all()
         self.tensors: Mapping[str, SourceTensor] = {name: f.tensors[name] for name, f in self._homes.items()}
@@ -82,7 +103,9 @@ class SourceCheckpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self._close.close()
 
     @property
@@ -100,7 +123,8 @@ class SourceCheckpoint:
         return self._homes[name].read(name)
 
     def fingerprint(self) -> dict[str, list[int] | str]:
-        """What identifies the source without reading it: names, sizes and times of the files, and the config."""
+        """What identifies the source without reading it: names, sizes and times of the files, and the
+        config."""
         stats = {path.name: path.stat() for path in self._paths}
         files: dict[str, list[int] | str] = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
         canonical = json.dumps(self.config, sort_keys=True).encode()
@@ -111,7 +135,9 @@ class SourceCheckpoint:
         for file in self.files:
             for name in file.tensors:
                 if name in self._homes:
-                    raise ConvertError(f"{file.path}: tensor {name!r} is also in {self._homes[name].path.name}")
+                    raise ConvertError(
+                        f"{file.path}: tensor {name!r} is also in {self._homes[name].path.name}"
+                    )
                 self._homes[name] = file
         if not self._homes:
             raise ConvertError(f"{self.directory}: the weight files hold no tensors")
@@ -162,10 +188,17 @@ def _find_weights(directory: Path) -> tuple[dict[str, str] | None, tuple[Path, .
         if index.is_file():
             weight_map = _read_weight_map(index)
             return weight_map, tuple(_shards(index, weight_map))
-    others = sorted(p.name for p in directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
-    found = f"; it has {', '.join(others[:5])}, which is not a whole model in a layout Endor reads" if others else ""
+    others = sorted(
+        p.name for p in directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+    )
+    found = (
+        f"; it has {', '.join(others[:5])}, which is not a whole model in a layout Endor reads"
+        if others
+        else ""
+    )
     raise ConvertError(
-        f"{directory} has a model config without weights: expected model.safetensors, pytorch_model.bin or one of "
+        f"{directory} has a model config without weights: expected model.safetensors, pytorch_model.bin or "
+        "one of "
         f"their .index.json{found}"
     )
 
@@ -176,7 +209,9 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         raise ConvertError(f"{index}: expected a weight_map of tensor names to files")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or shard != Path(shard).name:
-            raise ConvertError(f"{index}: tensor {name!r} is said to be in {shard!r}, which is not a file name")
+            raise ConvertError(
+                f"{index}: tensor {name!r} is said to be in {shard!r}, which is not a file name"
+            )
     return weight_map
 
 
@@ -186,7 +221,8 @@ def _shards(index: Path, weight_map: Mapping[str, str]) -> Iterator[Path]:
         if not path.is_file():
             name = next(n for n, s in weight_map.items() if s == shard)
             raise ConvertError(
-                f"{path} is missing, but {index.name} says that it has tensor {name!r}. The download may be incomplete: "
+                f"{path} is missing, but {index.name} says that it has tensor {name!r}. The download may be "
+                "incomplete: "
                 "fetch the model again"
             )
         yield path

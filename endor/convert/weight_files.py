@@ -1,7 +1,9 @@
-"""Files that hold the weights of a Hugging Face checkpoint: what is in them is known without reading the weights.
+"""Files that hold the weights of a Hugging Face checkpoint: what is in them is known without reading the
+weights.
 
-Tensors of safetensors files are read with pread into fresh memory. A mapped file would be quicker to write down, but a
-file truncated while it is mapped kills the process with SIGBUS, and every page touched counts as resident memory.
+Tensors of safetensors files are read with pread into fresh memory. A mapped file would be quicker to write
+down, but a file truncated while it is mapped kills the process with SIGBUS, and every page touched counts as
+resident memory.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class WeightFile(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -72,7 +76,8 @@ def open_weight_file(path: Path) -> WeightFile:
 
 
 class SafetensorsFile(WeightFile):
-    """A safetensors file. Its header is checked, against the file's size too, before anything relies on it."""
+    """A safetensors file. Its header is checked, against the file's size too, before anything relies on
+    it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -100,7 +105,8 @@ class SafetensorsFile(WeightFile):
                 raise ConvertError(f"{self.path}: cannot read tensor {name!r}: {error.strerror}") from error
             if n == 0:
                 raise ConvertError(
-                    f"{self.path}: the file ends at byte {offset + done}, inside tensor {name!r}; it was truncated "
+                    f"{self.path}: the file ends at byte {offset + done}, inside tensor {name!r}; it was "
+                    "truncated "
                     "after the conversion started"
                 )
             done += n
@@ -120,7 +126,9 @@ def _read_table(fd: int, path: Path) -> tuple[dict[str, SourceTensor], dict[str,
     if len(prefix) < 8 or length > HEADER_LIMIT_BYTES:
         raise FormatError(f"{path}: not a safetensors file ({file_bytes} bytes, no sensible header length)")
     if 8 + length > file_bytes:
-        raise FormatError(f"{path}: the header ends at byte {8 + length} but the file has {file_bytes}; it is truncated")
+        raise FormatError(
+            f"{path}: the header ends at byte {8 + length} but the file has {file_bytes}; it is truncated"
+        )
     table = load_object(os.pread(fd, length, 8), where=f"{path}: the header")
     table.pop("__metadata__", None)
     spans = {name: _span(name, row, path) for name, row in table.items()}
@@ -128,7 +136,10 @@ def _read_table(fd: int, path: Path) -> tuple[dict[str, SourceTensor], dict[str,
     offsets = {}
     for name, (tensor, begin, end) in sorted(spans.items(), key=lambda item: item[1][1:]):
         if 8 + length + begin != position or end - begin != tensor.nbytes:
-            raise FormatError(f"{path}: tensor {name!r} at [{begin}, {end}) overlaps another, leaves a hole or has a wrong size")
+            raise FormatError(
+                f"{path}: tensor {name!r} at [{begin}, {end}) overlaps another, leaves a hole or has a "
+                "wrong size"
+            )
         offsets[name] = position
         position += tensor.nbytes
     if position != file_bytes:
@@ -164,7 +175,8 @@ class TorchFile(WeightFile):
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ConvertError(
-                f"{path}: not a file of weights that torch can load, or truncated ({reason}). Download or copy it again"
+                f"{path}: not a file of weights that torch can load, or truncated ({reason}). Download or "
+                "copy it again"
             ) from error
         self._loaded = _only_tensors(loaded, path)
         self.tensors = {name: SourceTensor(name, tuple(t.shape), t.dtype) for name, t in self._loaded.items()}
@@ -199,7 +211,8 @@ def _only_tensors(loaded: object, path: Path) -> dict[str, torch.Tensor]:
 
 
 def _drop_pages(mapped: torch.Tensor) -> None:
-    """Take the pages of a mapped tensor out of resident memory; they are clean, so a later read gets them again."""
+    """Take the pages of a mapped tensor out of resident memory; they are clean, so a later read gets them
+    again."""
     if not sys.platform.startswith("linux"):
         return
     page = os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,5 @@
-"""Pruning: criteria that score weights (one per file), patterns that choose by the scores, and calibration."""
+"""Pruning: criteria that score weights (one per file), patterns that choose by the scores, and
+calibration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Calibration text: documents from a file, cut into token sequences of equal length, the same ones for the same seed."""
+"""Calibration text: documents from a file, cut into token sequences of equal length, the same ones for the
+same seed."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def read_documents(file: Path | None) -> list[str]:
     except OSError as error:
         raise ConvertError(f"cannot read the calibration file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConvertError(f"the calibration file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ConvertError(
+            f"the calibration file {path} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     parts = _json_texts(text, path) if path.suffix in (".jsonl", ".json") else text.split("\n\n")
     documents = [part.strip("\n") for part in parts if part.strip()]
     if not documents:
@@ -67,12 +70,12 @@ def sample_sequences(
 ) -> torch.Tensor:
     """Token sequences, int64 [sequences, length], from documents taken in random order.
 
-    Documents are joined and cut without gaps. Too little text gives fewer sequences, with a warning, or a single
-    shorter one.
+    Documents are joined and cut without gaps. Too little text gives fewer sequences, with a warning, or a
+    single shorter one.
 
     Raises ConvertError if the text gives no token.
     """
-    order = random.Random(seed).sample(documents, len(documents))  # noqa: S311
+    order = random.Random(seed).sample(documents, len(documents))
     tokens: list[int] = []
     wanted = samples * sequence_length
     for document in order:
@@ -85,7 +88,8 @@ def sample_sequences(
     count = min(samples, len(tokens) // length)
     if count < samples or length < sequence_length:
         warnings.warn(
-            f"the calibration text gives {count} sequences of {length} tokens; {samples} of {sequence_length} were wanted",
+            f"the calibration text gives {count} sequences of {length} tokens; {samples} of "
+            f"{sequence_length} were wanted",
             stacklevel=2,
         )
     return torch.tensor(tokens[: count * length], dtype=torch.int64).view(count, length)

@@ -1,4 +1,5 @@
-"""What a pruning criterion is: a score for every weight, from the weights and what was seen of their inputs."""
+"""What a pruning criterion is: a score for every weight, from the weights and what was seen of their
+inputs."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def prune_(
     """Set what the pattern does not keep to +0.0, in place.
 
     Args:
-        weight: [outputs, inputs] or a stack [..., outputs, inputs] whose matrices are pruned one by one; contiguous.
+        weight: [outputs, inputs] or a stack [..., outputs, inputs] whose matrices are pruned one by one;
+            contiguous.
         criterion: gives the scores.
         pattern: chooses by them.
         input_norms: what the criterion needs, see `Criterion.scores`.
@@ -65,5 +67,6 @@ def prune_(
 def apply_mask_(weight: torch.Tensor, keep: Mask) -> None:
     """Clear the bits of the weights that `keep` does not have."""
     bits = bit_view(weight)
-    # Multiplying integers by a mask is the fastest way numpy has to clear elements: 18 GB/s, copyto(where=) 0.4.
+    # Multiplying integers by a mask is the fastest way numpy has to clear elements: 18 GB/s, copyto(where=)
+    # 0.4.
     np.multiply(bits, keep, out=bits)

@@ -29,7 +29,9 @@ class InputNorms:
             self._handles.append(module.register_forward_pre_hook(self._watcher(name)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         while self._handles:
             self._handles.pop().remove()
 

@@ -1,8 +1,8 @@
 """Patterns: which weights go, given a score for every weight.
 
-Scores are unsigned integers whose order is the order of importance (the bits of a non-negative float have that
-property, and NaN comes out above infinity, so a NaN weight is always kept). Choosing is exact and deterministic: the
-count is met to the weight, and among equal scores the first ones in row-major order go.
+Scores are unsigned integers whose order is the order of importance (the bits of a non-negative float have
+that property, and NaN comes out above infinity, so a NaN weight is always kept). Choosing is exact and
+deterministic: the count is met to the weight, and among equal scores the first ones in row-major order go.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class NofM(Pattern):
     def check_shape(self, name: str, columns: int) -> None:
         if columns % self.m:
             raise ConvertError(
-                f"{name}: its input width {columns} is not a multiple of {self.m}, as pattern {self.name} needs. Leave the "
+                f"{name}: its input width {columns} is not a multiple of {self.m}, as pattern {self.name} "
+                "needs. Leave the "
                 f"tensor out with --exclude '{name}', or use --pattern unstructured"
             )
 
@@ -141,5 +142,7 @@ def parse_pattern(text: str, *, sparsity: float) -> Pattern:
     pattern = NofM(int(match[1]), int(match[2]))
     fixed = 1 - pattern.n / pattern.m
     if abs(sparsity - fixed) > _ROUNDING:
-        raise ConvertError(f"pattern {text} always has sparsity {fixed:g}, but {sparsity:g} was asked for; leave it out")
+        raise ConvertError(
+            f"pattern {text} always has sparsity {fixed:g}, but {sparsity:g} was asked for; leave it out"
+        )
     return pattern

@@ -1,7 +1,7 @@
 """Wanda: a weight counts as much as it moves its output, |w| times the norm of its input (Sun et al., 2023).
 
-Weights compete within their output row: at equal sparsity this loses far less than competing within the matrix, since
-no output loses nearly all its inputs.
+Weights compete within their output row: at equal sparsity this loses far less than competing within the
+matrix, since no output loses nearly all its inputs.
 """
 
 from __future__ import annotations
