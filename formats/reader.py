@@ -192,4 +192,5 @@ def _identity_of(path: Path) -> _Identity:
     try:
         return _identity(path.stat())
     except OSError as error:
-        raise LoadError(f"cannot read {path}: {error.strerror}", errno=error.errno) from error
+        hint = "the index names this shard; copy it again, or convert the model again"
+        raise LoadError(f"cannot read {path}: {error.strerror}; {hint}", errno=error.errno) from error
