@@ -26,6 +26,8 @@ _BRIEF.maxlevel = 3
 
 def short(value: object) -> str:
     """`repr`, cut so that a hostile value cannot fill a message."""
+    if isinstance(value, str) and len(value) <= _BRIEF.maxstring // 2:  # every name of a header comes here
+        return repr(value)
     return _BRIEF.repr(value)
 
 
