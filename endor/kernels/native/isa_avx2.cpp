@@ -22,13 +22,13 @@ ENDOR_TARGET inline __m256i load32(const void* p) { return _mm256_loadu_si256(st
 struct Isa {
     // Eight elements expanded from `values` into the low bytes of a vector.
     ENDOR_TARGET static inline __m128i expand8(uint8_t byte, const uint8_t* values) {
-        return _mm_shuffle_epi8(load8(values), load8(kLuts.expand1[byte]));
+        return _mm_shuffle_epi8(load8(values), load8(kExpand1[byte]));
     }
     ENDOR_TARGET static inline __m128i expand8(uint8_t byte, const uint16_t* values) {
-        return _mm_shuffle_epi8(load16(values), load16(kLuts.expand2[byte]));
+        return _mm_shuffle_epi8(load16(values), load16(kExpand2[byte]));
     }
     ENDOR_TARGET static inline __m256i expand8(uint8_t byte, const uint32_t* values) {
-        const __m256i lanes = _mm256_cvtepi8_epi32(load8(kLuts.expand1[byte]));
+        const __m256i lanes = _mm256_cvtepi8_epi32(load8(kExpand1[byte]));
         const __m256i moved = _mm256_permutevar8x32_epi32(load32(values), lanes);
         return _mm256_andnot_si256(_mm256_srai_epi32(lanes, 31), moved);
     }
@@ -96,15 +96,15 @@ struct Isa {
     }
 
     ENDOR_TARGET static inline void compress8(uint8_t byte, const uint8_t* dense, uint8_t* values) {
-        const __m128i packed = _mm_shuffle_epi8(load8(dense), load8(kLuts.compress1[byte]));
+        const __m128i packed = _mm_shuffle_epi8(load8(dense), load8(kCompress1[byte]));
         _mm_storel_epi64(reinterpret_cast<__m128i*>(values), packed);
     }
     ENDOR_TARGET static inline void compress8(uint8_t byte, const uint16_t* dense, uint16_t* values) {
-        const __m128i packed = _mm_shuffle_epi8(load16(dense), load16(kLuts.compress2[byte]));
+        const __m128i packed = _mm_shuffle_epi8(load16(dense), load16(kCompress2[byte]));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(values), packed);
     }
     ENDOR_TARGET static inline void compress8(uint8_t byte, const uint32_t* dense, uint32_t* values) {
-        const __m256i lanes = _mm256_cvtepu8_epi32(load8(kLuts.compress1[byte]));
+        const __m256i lanes = _mm256_cvtepu8_epi32(load8(kCompress1[byte]));
         const __m256i packed = _mm256_permutevar8x32_epi32(load32(dense), lanes);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), packed);
     }

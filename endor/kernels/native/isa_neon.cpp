@@ -37,18 +37,18 @@ struct Isa {
     }
 
     static inline const uint8_t* expand8(uint8_t byte, const uint8_t* values, uint8_t* out) {
-        shuffle8(kLuts.expand1[byte], values, out);
+        shuffle8(kExpand1[byte], values, out);
         return values + __builtin_popcount(byte);
     }
     static inline const uint16_t* expand8(uint8_t byte, const uint16_t* values, uint16_t* out) {
-        shuffle8(kLuts.expand2[byte], values, out);
+        shuffle8(kExpand2[byte], values, out);
         return values + __builtin_popcount(byte);
     }
     static inline const uint32_t* expand8(uint8_t byte, const uint32_t* values, uint32_t* out) {
         for (int half = 0; half < 8; half += 4) {
             const uint8_t nibble = byte >> half & 15;
             const uint8x16_t packed = vreinterpretq_u8_u32(vld1q_u32(values));
-            vst1q_u32(out + half, vreinterpretq_u32_u8(vqtbl1q_u8(packed, widen(kLuts.expand1[nibble]))));
+            vst1q_u32(out + half, vreinterpretq_u32_u8(vqtbl1q_u8(packed, widen(kExpand1[nibble]))));
             values += __builtin_popcount(nibble);
         }
         return values;
@@ -68,18 +68,18 @@ struct Isa {
     }
 
     static inline uint8_t* compress8(uint8_t byte, const uint8_t* dense, uint8_t* values) {
-        shuffle8(kLuts.compress1[byte], dense, values);
+        shuffle8(kCompress1[byte], dense, values);
         return values + __builtin_popcount(byte);
     }
     static inline uint16_t* compress8(uint8_t byte, const uint16_t* dense, uint16_t* values) {
-        shuffle8(kLuts.compress2[byte], dense, values);
+        shuffle8(kCompress2[byte], dense, values);
         return values + __builtin_popcount(byte);
     }
     static inline uint32_t* compress8(uint8_t byte, const uint32_t* dense, uint32_t* values) {
         for (int half = 0; half < 8; half += 4) {
             const uint8_t nibble = byte >> half & 15;
             const uint8x16_t source = vreinterpretq_u8_u32(vld1q_u32(dense + half));
-            vst1q_u32(values, vreinterpretq_u32_u8(vqtbl1q_u8(source, widen(kLuts.compress1[nibble]))));
+            vst1q_u32(values, vreinterpretq_u32_u8(vqtbl1q_u8(source, widen(kCompress1[nibble]))));
             values += __builtin_popcount(nibble);
         }
         return values;

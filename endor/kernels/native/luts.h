@@ -8,39 +8,36 @@
 namespace endor {
 namespace {
 
-struct Luts {
-    alignas(64) uint8_t expand1[256][8];     // element i <- packed element
-    alignas(64) uint8_t compress1[256][8];   // packed element <- element
-    alignas(64) uint8_t expand2[256][16];    // the same for elements of two bytes
-    alignas(64) uint8_t compress2[256][16];
+// Element i of eight <- packed element; `kCompress` the other way round.
+template <int kSize>
+struct Lut {
+    alignas(64) uint8_t lanes[256][8 * kSize];
+
+    const uint8_t* operator[](uint8_t byte) const { return lanes[byte]; }
 };
 
-constexpr Luts make_luts() {
-    Luts luts{};
+template <int kSize, bool kCompressing>
+constexpr Lut<kSize> make_lut() {
+    Lut<kSize> lut{};
     for (int byte = 0; byte < 256; ++byte) {
+        for (int b = 0; b < 8 * kSize; ++b) lut.lanes[byte][b] = 0x80;
         int kept = 0;
         for (int i = 0; i < 8; ++i) {
-            luts.expand1[byte][i] = 0x80;
-            luts.compress1[byte][i] = 0x80;
-        }
-        for (int i = 0; i < 8; ++i) {
-            if (byte >> i & 1) {
-                luts.expand1[byte][i] = static_cast<uint8_t>(kept);
-                luts.compress1[byte][kept++] = static_cast<uint8_t>(i);
+            if (!(byte >> i & 1)) continue;
+            const int to = kCompressing ? kept : i, from = kCompressing ? i : kept;
+            for (int b = 0; b < kSize; ++b) {
+                lut.lanes[byte][to * kSize + b] = static_cast<uint8_t>(from * kSize + b);
             }
-        }
-        for (int i = 0; i < 8; ++i) {
-            for (int half = 0; half < 2; ++half) {
-                const uint8_t e = luts.expand1[byte][i], c = luts.compress1[byte][i];
-                luts.expand2[byte][2 * i + half] = static_cast<uint8_t>(e & 0x80 ? 0x80 : 2 * e + half);
-                luts.compress2[byte][2 * i + half] = static_cast<uint8_t>(c & 0x80 ? 0x80 : 2 * c + half);
-            }
+            ++kept;
         }
     }
-    return luts;
+    return lut;
 }
 
-constexpr Luts kLuts = make_luts();
+constexpr Lut<1> kExpand1 = make_lut<1, false>();
+constexpr Lut<2> kExpand2 = make_lut<2, false>();
+constexpr Lut<1> kCompress1 = make_lut<1, true>();
+constexpr Lut<2> kCompress2 = make_lut<2, true>();
 
 }  // namespace
 }  // namespace endor

@@ -41,7 +41,7 @@ ENDOR_TARGET int64_t count_bits(const uint8_t* bitmap, int64_t rows, int64_t col
 }
 
 template <class T, bool kStream>
-ENDOR_TARGET inline const T* expand_near_end(uint64_t word, const T* values, const T* values_end, T* out) {
+ENDOR_TARGET __attribute__((noinline)) const T* expand_near_end(uint64_t word, const T* values, const T* values_end, T* out) {
     T buffer[kWordBits];
     const int64_t left = values_end - values;
     std::memcpy(buffer, values, (left < kWordBits ? left : kWordBits) * sizeof(T));
@@ -114,31 +114,20 @@ ENDOR_TARGET int64_t scan_rows(const uint8_t* dense, uint8_t* bitmap, int64_t ro
 
 // Collects values in the first-level cache and sends them on in whole cache lines, past the caches: an ordinary store
 // would first read the line it is about to overwrite, a third of all memory traffic of encoding.
+//
+// The caller owns the position it writes to, in a register: as a member it would be stored and loaded around every
+// vector store, which might overwrite it for all the compiler knows.
 template <class T>
 class Writer {
    public:
-    explicit Writer(uint8_t* values) : skipped_(reinterpret_cast<uintptr_t>(values) % kLine), line_(values - skipped_) {
-        next_ = reinterpret_cast<T*>(buffer_ + skipped_);
-    }
+    explicit Writer(uint8_t* values) : skipped_(reinterpret_cast<uintptr_t>(values) % kLine), line_(values - skipped_) {}
 
-    T* next() const { return next_; }
+    T* begin() { return reinterpret_cast<T*>(buffer_ + skipped_); }
 
-    ENDOR_TARGET inline void advance_to(T* next) {
-        next_ = next;
-        if (reinterpret_cast<uint8_t*>(next_) >= buffer_ + kBuffer) flush_lines();
-    }
+    // Call `next = flush(next)` as soon as `next` reaches this; 64 values further are still in bounds.
+    T* limit() { return reinterpret_cast<T*>(buffer_ + kBuffer); }
 
-    void finish() {
-        const int64_t used = reinterpret_cast<uint8_t*>(next_) - buffer_;
-        if (used > skipped_) std::memcpy(line_ + skipped_, buffer_ + skipped_, used - skipped_);
-    }
-
-   private:
-    static constexpr int64_t kLine = 64;
-    static constexpr int64_t kBuffer = 4096;
-    static constexpr int64_t kSlack = kWordBits * sizeof(T);
-
-    ENDOR_TARGET void flush_lines() {
+    ENDOR_TARGET __attribute__((noinline)) T* flush(T* next) {
         int64_t done = 0;
         if (skipped_) {
             std::memcpy(line_ + skipped_, buffer_ + skipped_, kLine - skipped_);
@@ -147,14 +136,22 @@ class Writer {
         }
         for (; done < kBuffer; done += kLine) Isa::stream_line(line_ + done, buffer_ + done);
         line_ += kBuffer;
-        std::memcpy(buffer_, buffer_ + kBuffer, kSlack);
-        next_ -= kBuffer / sizeof(T);
+        std::memcpy(buffer_, buffer_ + kBuffer, kWordBits * sizeof(T));
+        return next - kBuffer / sizeof(T);
     }
 
-    alignas(64) uint8_t buffer_[kBuffer + kSlack];
+    void finish(const T* next) {
+        const int64_t used = reinterpret_cast<const uint8_t*>(next) - buffer_;
+        if (used > skipped_) std::memcpy(line_ + skipped_, buffer_ + skipped_, used - skipped_);
+    }
+
+   private:
+    static constexpr int64_t kLine = 64;
+    static constexpr int64_t kBuffer = 4096;
+
+    alignas(64) uint8_t buffer_[kBuffer + kWordBits * sizeof(T)];
     int64_t skipped_;  // bytes of the first line that are not ours
     uint8_t* line_;    // where buffer_[0] belongs
-    T* next_;
 };
 
 template <class T>
@@ -162,22 +159,26 @@ ENDOR_TARGET void compress_rows(const uint8_t* dense, const uint8_t* bitmap, uin
                                 int64_t cols, int64_t prefetch_bytes) {
     const T* from = reinterpret_cast<const T*>(dense);
     Writer<T> writer(values);
+    T* next = writer.begin();
+    T* const limit = writer.limit();
     join_rows(rows, cols);
     for (int64_t row = 0; row < rows; ++row) {
         int64_t left = cols;
         for (; left >= kWordBits; left -= kWordBits, bitmap += 8, from += kWordBits) {
             for (uintptr_t i = 0; i < sizeof(T); ++i) prefetch(reinterpret_cast<uintptr_t>(from) + prefetch_bytes + i * 64);
-            writer.advance_to(Isa::template compress<T>(load_word(bitmap), from, writer.next()));
+            next = Isa::template compress<T>(load_word(bitmap), from, next);
+            if (next >= limit) next = writer.flush(next);
         }
         if (left) {
             T buffer[kWordBits] = {};
             std::memcpy(buffer, from, left * sizeof(T));
-            writer.advance_to(Isa::template compress<T>(load_word(bitmap), buffer, writer.next()));
+            next = Isa::template compress<T>(load_word(bitmap), buffer, next);
+            if (next >= limit) next = writer.flush(next);
             bitmap += 8;
             from += left;
         }
     }
-    writer.finish();
+    writer.finish(next);
 }
 
 constexpr Kernels make_kernels(const char* name) {
