@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,29 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("endor.formats.writer.FileIO", Slow)
     write_checkpoint(tmp_path, [{"b": {"x": torch.arange(5000.0)}}])
     assert verify_checkpoint(tmp_path) == []
+
+
+@pytest.mark.parametrize("advice", ["taken", "refused", "unknown"])
+def test_early_writeback_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, advice: str
+) -> None:
+    """It is only advice: file systems may refuse it, and macOS does not know it."""
+    ranges: list[tuple[int, int]] = []
+
+    def fadvise(fd: int, offset: int, length: int, kind: int) -> None:
+        ranges.append((offset, length))
+        if advice == "refused":
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr("endor.formats.writer._FLUSH_BYTES", 1000)
+    monkeypatch.setattr(os, "posix_fadvise", fadvise)
+    if advice == "unknown":
+        monkeypatch.delattr(os, "posix_fadvise")
+    write_checkpoint(tmp_path, header_reserve_bytes=4096)
+    assert verify_checkpoint(tmp_path) == []
+    if advice != "unknown":
+        assert ranges[0][0] == 4096
+        assert all(begin + length == after for (begin, length), (after, _) in pairwise(ranges))
 
 
 def test_a_directory_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
