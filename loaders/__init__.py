@@ -11,6 +11,7 @@ This package knows byte ranges, never what they mean.
 from __future__ import annotations
 
 from endor.loaders.flight import OnRead
+from endor.loaders.memory import available_bytes
 from endor.loaders.pagecache import cached_fraction, drop_from_page_cache
 from endor.loaders.plan import PAGE_BYTES, LoadPlan, ReadOp, Unit
 from endor.loaders.posix import DirectMode, PosixReader
@@ -34,6 +35,7 @@ __all__ = [
     "StagingPool",
     "Ticket",
     "Unit",
+    "available_bytes",
     "cached_fraction",
     "drop_from_page_cache",
     "read_unit",

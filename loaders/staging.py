@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import re
 import sys
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 import torch
 
 from endor.errors import PlanError
+from endor.loaders.memory import available_bytes
 from endor.loaders.plan import PAGE_BYTES, first_fit, round_up
 
 __all__ = ["HUGE_PAGE_BYTES", "StagingBuffer", "StagingPool", "available_bytes"]
@@ -176,13 +175,3 @@ def _fault_in(arena: mmap.mmap, start: int, length_bytes: int, tensor: torch.Ten
             arena.madvise(_MADV_POPULATE_WRITE, start, length_bytes)
             return
     tensor.narrow(0, start, length_bytes).zero_()
-
-
-def available_bytes() -> int | None:
-    """Memory the system could give without swapping, where it says so."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
