@@ -3,7 +3,7 @@
 A `ReadOp` is a byte range of one file; a `Unit` is what is streamed as one (a decoder block: normally one
 page-aligned range of one shard); a `LoadPlan` is the cyclic order of units and the prefetch depth. The memory
 a plan needs is a pure function of it (`LoadPlan.ring_bytes`), because space is handed out in the order of the
-units by the same `first_fit` that the staging pool uses: docs/design/staging-ring.md says why.
+units by the same `first_fit` that the staging pool uses: docs/design/loaders.md says why.
 """
 
 from __future__ import annotations
