@@ -33,7 +33,7 @@ def install() -> None:
 
 def _register() -> None:
     try:
-        importlib.import_module("endor.integrations.transformers").register()
+        importlib.import_module("endor.integrations.transformers")  # registers as its last act
     except Exception as error:  # noqa: BLE001 - importing transformers must not fail because Endor is there
         warnings.warn(
             f"Endor cannot register with this transformers: {error}. from_pretrained would give Endor "

@@ -61,8 +61,8 @@ def _check_shapes(model: Any, homes: Mapping[str, TensorEntry], directory: Path)
         if entry.layout.shape != tuple(expected[name].shape):
             raise FormatError(
                 f"{directory}: entry {entry.name!r}: {type(model).__name__} expects shape "
-                f"{list(expected[name].shape)}, found {list(entry.layout.shape)}. config.json does not belong "
-                "to these weights; convert the model again"
+                f"{list(expected[name].shape)}, found {list(entry.layout.shape)}. config.json does not "
+                "belong to these weights; convert the model again"
             )
 
 

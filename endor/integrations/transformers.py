@@ -3,6 +3,8 @@
 Weights of Linear modules stay packed: the sections that transformers maps from the files become one
 BitmapTensor in an unchanged `nn.Linear`. Everything else is dense: it is loaded as from any checkpoint, or
 decoded at load where it was packed. docs/design/transformers-quantizer.md has the reasons.
+
+Importing this module registers it. `endor.integrations.autoload` does that when transformers is imported.
 """
 
 from __future__ import annotations
@@ -28,25 +30,12 @@ if TYPE_CHECKING:
     from endor.formats.entries import TensorEntry
     from endor.kernels.tensor import BitmapTensor
 
-__all__ = ["EndorConfig", "EndorQuantizer", "register"]
+__all__ = ["EndorConfig", "EndorQuantizer"]
 
 _METHOD = "endor"
 _PADDING_PATTERN = r"^endor\.padding\."
 
 logger = logging.get_logger(__name__)
-
-
-def register() -> None:
-    """Make transformers know Endor checkpoints. Idempotent."""
-    if _METHOD in auto.AUTO_QUANTIZER_MAPPING:
-        return
-    auto.register_quantization_config(_METHOD)(EndorConfig)
-    auto.register_quantizer(_METHOD)(EndorQuantizer)
-    # from_pretrained heeds a config beside the checkpoint's own for these classes only. transformers 5.0 has
-    # no such tuple: there the checkpoint's config is used, with a warning.
-    if hasattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):
-        types: tuple[type[QuantizationConfigMixin], ...] = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
-        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, EndorConfig)  # type: ignore[assignment]
 
 
 class EndorConfig(QuantizationConfigMixin):
@@ -96,8 +85,8 @@ class EndorQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """No; the reason is logged, where the error that transformers raises sends the reader."""
         logger.warning(
-            "save_pretrained cannot write an Endor checkpoint. Copy the directory this model was loaded from, "
-            "or load it with quantization_config=EndorConfig(dequantize=True) and save that dense model"
+            "save_pretrained cannot write an Endor checkpoint. Copy the directory this model was loaded "
+            "from, or load it with quantization_config=EndorConfig(dequantize=True) and save that dense model"
         )
         return False
 
@@ -237,3 +226,19 @@ def _packed_weights(model: nn.Module) -> Iterator[tuple[str, BitmapTensor]]:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, BitmapTensor):
             yield name, parameter
+
+
+def _register() -> None:
+    """Make transformers know Endor checkpoints; nothing if it does."""
+    if _METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    auto.register_quantization_config(_METHOD)(EndorConfig)
+    auto.register_quantizer(_METHOD)(EndorQuantizer)
+    # from_pretrained heeds a config beside the checkpoint's own for these classes only. transformers 5.0 has
+    # no such tuple: there the checkpoint's config is used, with a warning.
+    if hasattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES"):
+        types: tuple[type[QuantizationConfigMixin], ...] = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, EndorConfig)  # type: ignore[assignment]
+
+
+_register()
