@@ -15,8 +15,7 @@ from endor.errors import PlanError
 from endor.formats.header import TensorEntry
 from endor.formats.reader import BlockRange
 from endor.kernels.tensor import BitmapTensor
-from endor.loaders import PosixReader
-from endor.loaders.staging import available_bytes
+from endor.loaders import PosixReader, available_bytes
 from endor.runtime.placement import Placement, plan_placement
 from endor.runtime.scratch import DecodeScratch
 from endor.runtime.skeleton import build_skeleton, check_complete, find_module, install
