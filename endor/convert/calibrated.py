@@ -103,6 +103,8 @@ class CalibratedBlocks:
         self._unseen: list[str] = []
         batch = max(1, _BATCH_TOKENS // sequences.shape[1])
         self._batches = sequences.split(batch)
+        hidden = getattr(plan.tree.model.config.get_text_config(), "hidden_size", 0)
+        self.disk_bytes = sequences.numel() * hidden * self._dtype.itemsize
         self.needed_bytes = _needed_bytes(plan, self._dtype, tokens=self._batches[0].numel())
         self._model = BlockwiseModel(
             plan.tree,

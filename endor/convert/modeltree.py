@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,11 +120,12 @@ def runnable_copy(tree: ModelTree, *, dtype: torch.dtype) -> PreTrainedModel:
 def _model_class(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Any]:
     """The model's class and its config as transformers reads it."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     architectures = config.get("architectures") or []
     try:
         parsed = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConvertError(
             f"{directory}: transformers {transformers.__version__} cannot read this model's config "
@@ -254,11 +256,12 @@ def _execution_order(model: PreTrainedModel, repeated: set[str]) -> list[str]:
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)))
     attention = model.config._attn_implementation
     try:
-        # Only the eager masks are made without looking at values, which a meta tensor does not have.
+        # A meta tensor has no values to look at. Eager masks do without, in decoders only from a given mask, in
+        # encoders only without one.
         model.set_attn_implementation("eager")
-        for as_tuple in (False, True):
+        for with_mask, as_tuple in product((True, False), (False, True)):
             ran.clear()
-            if _trial_run(model, repeated, as_tuple=as_tuple):
+            if _trial_run(model, repeated, with_mask=with_mask, as_tuple=as_tuple):
                 return list(dict.fromkeys(ran))
     finally:
         model.set_attn_implementation(attention)
@@ -267,13 +270,13 @@ def _execution_order(model: PreTrainedModel, repeated: set[str]) -> list[str]:
     return []
 
 
-def _trial_run(model: PreTrainedModel, repeated: set[str], *, as_tuple: bool) -> bool:
+def _trial_run(model: PreTrainedModel, repeated: set[str], *, with_mask: bool, as_tuple: bool) -> bool:
     def pass_on(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, None, None, None) if as_tuple else hidden
 
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
-    inputs = {"input_ids": ids, "attention_mask": ids, "use_cache": False}
+    inputs = {"input_ids": ids, "use_cache": False, **({"attention_mask": ids} if with_mask else {})}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
     blocks = [model.get_submodule(name) for name in repeated]

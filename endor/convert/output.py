@@ -38,6 +38,7 @@ JOURNAL_NAME = "endor-conversion.json"
 ACTIVATIONS_NAME = "endor-activations.tmp"
 """Directory for calibration activations that do not fit in memory."""
 _JOURNAL_VERSION = 1
+_CLEARING = {"state": "deleting what was here before"}
 _OURS = re.compile(
     r"model-\d{5}-of-\d{5}\.safetensors(\.part(\.moved)?)?"
     r"|model\.safetensors\.index\.json(\.part)?|endor-conversion\.json(\.part)?|config\.json\.part"
@@ -67,7 +68,9 @@ def _state_of(out: Path) -> OutputState:
         return OutputState.INTERRUPTED
     if is_endor_checkpoint(out):
         return OutputState.COMPLETE
-    return OutputState.FOREIGN if any(out.iterdir()) else OutputState.EMPTY
+    # A run that was killed while it wrote its journal leaves only the part of that.
+    found = {path.name for path in out.iterdir()} - {f"{JOURNAL_NAME}.part"}
+    return OutputState.FOREIGN if found else OutputState.EMPTY
 
 
 def check_output(out: Path, source: Path, *, resume: bool, overwrite: bool) -> OutputState:
@@ -118,16 +121,13 @@ def claim_output(
     with _os_errors(f"cannot prepare {out}"):
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
-            if state is OutputState.INTERRUPTED and resume:
+            if state is OutputState.INTERRUPTED and resume and _read_journal(journal) != _CLEARING:
                 _check_same(journal, fingerprint)
                 _remove(out, _LEFTOVERS)
             else:
-                # The journal first: from here on the directory is visibly unfinished.
-                text = json.dumps({"version": _JOURNAL_VERSION, **fingerprint}, indent=2, sort_keys=True)
-                atomic_write(journal, text.encode() + b"\n")
                 if state is not OutputState.EMPTY:
-                    (out / CONFIG_NAME).unlink(missing_ok=True)
-                    _remove(out, _OURS, keep=journal)
+                    _clear(out, journal)
+                _write_journal(journal, fingerprint)
             shutil.rmtree(out / ACTIVATIONS_NAME, ignore_errors=True)
             yield
 
@@ -152,13 +152,30 @@ def _locked(out: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _check_same(journal: Path, fingerprint: Mapping[str, Any]) -> None:
+def _clear(out: Path, journal: Path) -> None:
+    """Delete what is ours. The journal says so meanwhile: a resumed run must not take old shards for its own."""
+    _write_journal(journal, _CLEARING)
+    (out / CONFIG_NAME).unlink(missing_ok=True)
+    _remove(out, _OURS, keep=journal)
+
+
+def _write_journal(journal: Path, content: Mapping[str, Any]) -> None:
+    atomic_write(journal, json.dumps({"version": _JOURNAL_VERSION, **content}, indent=2).encode() + b"\n")
+
+
+def _read_journal(journal: Path) -> dict[str, Any]:
     try:
         recorded = json.loads(journal.read_bytes())
     except (OSError, ValueError) as error:
         raise ConvertError(f"{journal} cannot be read ({error}); start again with --overwrite") from error
-    expected = json.loads(json.dumps({"version": _JOURNAL_VERSION, **fingerprint}))
-    differences = list(_differences(recorded, expected)) if isinstance(recorded, dict) else ["the whole file"]
+    if not isinstance(recorded, dict) or recorded.pop("version", None) != _JOURNAL_VERSION:
+        raise ConvertError(f"{journal} is not of this version of Endor; start again with --overwrite")
+    return recorded
+
+
+def _check_same(journal: Path, fingerprint: Mapping[str, Any]) -> None:
+    recorded, expected = _read_journal(journal), json.loads(json.dumps(fingerprint))
+    differences = list(_differences(recorded, expected))
     if differences:
         raise ConvertError(
             f"{journal.parent}: the interrupted conversion was started differently: "
@@ -180,6 +197,22 @@ def _remove(out: Path, pattern: re.Pattern[str], *, keep: Path | None = None) ->
     for path in out.iterdir():
         if pattern.fullmatch(path.name) and path.is_file() and path != keep:
             path.unlink()
+
+
+def free_bytes(out: Path) -> int:
+    """Free space where `out` is or will be. Raises ConvertError if that cannot be found out."""
+    there = out.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    with _os_errors(f"cannot find out how much space is free for {out}"):
+        return shutil.disk_usage(there).free
+
+
+def bytes_of_ours(out: Path) -> int:
+    """Bytes of the files in `out` that overwriting deletes."""
+    if not out.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in out.iterdir() if _OURS.fullmatch(path.name))
 
 
 def copy_companions(source: Path, out: Path) -> None:

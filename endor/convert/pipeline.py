@@ -21,7 +21,14 @@ from endor.convert.calibrated import CalibratedBlocks, calibration_sequences
 from endor.convert.memory import MemoryBudget, plan_memory
 from endor.convert.modeltree import build_model_tree
 from endor.convert.options import CalibrationOptions, ConvertOptions
-from endor.convert.output import check_output, claim_output, copy_companions, finish_output
+from endor.convert.output import (
+    bytes_of_ours,
+    check_output,
+    claim_output,
+    copy_companions,
+    finish_output,
+    free_bytes,
+)
 from endor.convert.packing import pack, prune_linear_
 from endor.convert.parallel import Job, run_in_order
 from endor.convert.plan import BlockPlan, Packed, ShardPlan, TensorPlan, plan_conversion
@@ -31,7 +38,7 @@ from endor.convert.source import SourceCheckpoint, resolve_source
 from endor.errors import ConvertError, FormatError
 from endor.formats import FORMAT_VERSION, Header, read_header
 from endor.formats.reader import QUANT_METHOD
-from endor.formats.writer import CheckpointWriter
+from endor.formats.writer import CheckpointWriter, shard_name
 
 __all__ = ["convert"]
 
@@ -106,6 +113,7 @@ def convert(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(SourceCheckpoint(directory))
         conversion = _Conversion(checkpoint, target, options, progress or (lambda _: None), started)
+        conversion.check_disk(replaces=overwrite)
         stack.enter_context(claim_output(target, state, conversion.fingerprint(), resume=resume))
         return conversion.run()
 
@@ -120,6 +128,8 @@ class BlockSource(Protocol):
 
     needed_bytes: int
     """Memory it takes at least, beside the tensors under way."""
+    disk_bytes: int
+    """Room it may take in the output's directory for the time being."""
 
     def start(self, left: Sequence[ShardPlan], memory_bytes: int) -> None:
         """Say which shards are to be written, and what memory may be used beyond `needed_bytes`."""
@@ -138,6 +148,7 @@ class _IndependentBlocks:
     """Tensors that are pruned without looking at any other."""
 
     needed_bytes = 0
+    disk_bytes = 0
 
     def __init__(self, checkpoint: SourceCheckpoint, options: ConvertOptions) -> None:
         self._read = checkpoint.read
@@ -224,6 +235,23 @@ class _Conversion:
             needed_bytes=largest + self._blocks.needed_bytes + self._checkpoint.resident_bytes,
         )
 
+    def check_disk(self, *, replaces: bool) -> None:
+        """Compare what is to be written at most with what is free; what is replaced will be free.
+
+        Raises ConvertError.
+        """
+        count = len(self._plan.shards)
+        there = set() if replaces else {p.name for p in self._out.glob("model-*.safetensors")}
+        left = [shard for shard in self._plan.shards if shard_name(shard.number, count) not in there]
+        needed = sum(shard.stored_bytes for shard in left) + self._blocks.disk_bytes + _DISK_SLACK_BYTES
+        free = free_bytes(self._out) + (bytes_of_ours(self._out) if replaces else 0)
+        if free < needed:
+            mib = 1 << 20
+            raise ConvertError(
+                f"{self._out}: the checkpoint needs up to {-(-needed // mib)} MiB, but only {free // mib} MiB "
+                "are free there; free some space, or choose an OUT on another disk"
+            )
+
     def run(self) -> ConvertReport:
         """Write what is not there yet. Raises ConvertError."""
         writer = CheckpointWriter(self._out, shards=len(self._plan.shards))
@@ -231,7 +259,6 @@ class _Conversion:
             s.number: _finished_header(writer, s) for s in self._plan.shards if writer.has_shard(s.number)
         }
         left = [shard for shard in self._plan.shards if shard.number not in finished]
-        self._check_disk(left)
         ahead = max(tensor.memory_bytes for tensor in self._plan.tensors)
         spare = self._memory.work_bytes - self._blocks.needed_bytes - ahead
         # Calibration has use for memory, to keep activations; tensors that wait to be written have little.
@@ -248,18 +275,6 @@ class _Conversion:
             packed.close()
             self._blocks.close()
         return self._finish(writer)
-
-    def _check_disk(self, left: Sequence[ShardPlan]) -> None:
-        needed = sum(shard.stored_bytes for shard in left) + _DISK_SLACK_BYTES
-        stats = os.statvfs(self._out)
-        free = stats.f_bavail * stats.f_frsize
-        if free < needed:
-            mib = 1 << 20
-            raise ConvertError(
-                f"{self._out}: the checkpoint needs up to {-(-needed // mib)} MiB, but only {free // mib} "
-                "MiB are free there; "
-                "free some space, or choose an OUT on another disk"
-            )
 
     def _jobs(self, writer: CheckpointWriter, finished: Mapping[int, Header]) -> Iterator[Job[Packed]]:
         for shard in self._plan.shards:
