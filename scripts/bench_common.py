@@ -17,6 +17,7 @@ import re
 import shutil
 import statistics
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "LLAMA_1B",
     "LLAMA_TINY",
     "MIB",
+    "CpuMeter",
     "DiskProbe",
     "LlamaShape",
     "MemorySampler",
@@ -51,6 +53,7 @@ __all__ = [
     "read_from_disk_bytes",
     "rotated",
     "save_whole",
+    "wait_for_quiet",
     "warm_cache",
     "write_json",
 ]
@@ -134,6 +137,40 @@ class MemorySampler:
     ) -> None:
         self._stop.set()
         self._thread.join()
+
+
+class CpuMeter:
+    """How much of the machine's processor time goes to others than this process and the given one."""
+
+    def __init__(self, pid: int | str = "self") -> None:
+        self._pids = ("self", pid) if pid != "self" else ("self",)
+        self._before = self._now()
+
+    def foreign_share(self) -> float:
+        """Share of all processor time since the meter was made that somebody else used, 0 to 1."""
+        busy, everything, ours = (now - then for now, then in zip(self._now(), self._before, strict=True))
+        return max(0.0, busy - ours) / max(everything, 1)
+
+    def _now(self) -> tuple[int, int, int]:
+        fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        idle = fields[3] + fields[4]
+        return sum(fields) - idle, sum(fields), sum(_cpu_ticks(pid) for pid in self._pids)
+
+
+def _cpu_ticks(pid: int | str) -> int:
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(words[11]) + int(words[12])
+
+
+def wait_for_quiet(patience_s: float, *, busy_share: float = 0.1) -> float:
+    """Return when others leave the processors alone, or patience is over; the seconds it took."""
+    began = perf_counter()
+    while perf_counter() - began < patience_s:
+        meter = CpuMeter()
+        time.sleep(1.0)
+        if meter.foreign_share() < busy_share:
+            break
+    return perf_counter() - began
 
 
 # ── page cache ──────────────────────────────────────────────────────────────────────────────────────────────

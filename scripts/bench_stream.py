@@ -31,6 +31,7 @@ from typing import Any
 from bench_common import (
     LLAMA_1B,
     LLAMA_TINY,
+    CpuMeter,
     DiskProbe,
     LlamaShape,
     build_random_llama,
@@ -42,6 +43,7 @@ from bench_common import (
     print_table,
     rotated,
     save_whole,
+    wait_for_quiet,
     write_json,
 )
 from bench_stream_worker import CONTENDERS, MODES, Models, Turn, Worker
@@ -49,6 +51,8 @@ from bench_stream_worker import CONTENDERS, MODES, Models, Turn, Worker
 DEFAULT_CONTENDERS = ("accelerate", "transformers", "mapped", "endor")
 GATE = ("mapped", "endor-depth0", "endor", "endor-resident")
 BASELINES = ("accelerate", "mapped")
+DISTURBED = 0.1
+"""Share of the processors that others may use during a turn."""
 ALLOWANCE_BYTES = 200_000_000
 _DISK_SPACE = 4
 
@@ -186,15 +190,29 @@ def measure(
     for number in range(arguments.rounds):
         for name in rotated(list(workers), number):
             streams = mode == "disk" and workers[name].loaded.streamed_bytes > 0
-            before = probe.bytes_per_s() if streams else 0.0
-            turn = workers[name].run(mode, arguments.tokens)
+            turn, bandwidth = take_turn(workers[name], mode, probe if streams else None, arguments)
             check_tokens(reference, turn, name=name)
             series[name].turns.append(turn)
-            if streams:
-                series[name].disk_bytes_per_s.append((before + probe.bytes_per_s()) / 2)
-        say(f"{mode}, round {number + 1} of {arguments.rounds}: "
-            + ", ".join(f"{name} {s.rates[-1]:.2f}" for name, s in series.items()))  # fmt: skip
+            series[name].disk_bytes_per_s += bandwidth
+        rates = (f"{name} {s.rates[-1]:.2f}" for name, s in series.items())
+        say(f"{mode}, round {number + 1} of {arguments.rounds}: {', '.join(rates)}")
     return series
+
+
+def take_turn(
+    worker: Worker, mode: str, probe: DiskProbe | None, arguments: argparse.Namespace
+) -> tuple[Turn, list[float]]:
+    """A turn, and the disk's bandwidth around it; again, while patience lasts, when others disturbed it."""
+    while True:
+        arguments.patience -= wait_for_quiet(arguments.patience)
+        meter = CpuMeter()
+        before = [probe.bytes_per_s()] if probe else []
+        probing_share = meter.foreign_share()
+        turn = worker.run(mode, arguments.tokens)
+        after = [probe.bytes_per_s()] if probe else []
+        if max(turn.foreign_share, probing_share) < DISTURBED or arguments.patience <= 0:
+            return turn, [sum(before + after) / 2] if probe else []
+        say(f"{worker.name}: others used {turn.foreign_share:.0%} of the processors; once more")
 
 
 # ── reporting ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -207,6 +225,7 @@ def describe(worker: Worker, series: Series, all_series: dict[str, Series]) -> d
         "rounds": series.rates,
         "first_token_seconds": median(turn.token_s[0] for turn in series.turns),
         "disk_bytes_per_token": median(count for turn in series.turns for count in turn.read_bytes[1:]),
+        "foreign_share": median(turn.foreign_share for turn in series.turns),
         "load_seconds": worker.loaded.load_s,
         "peak_anonymous_bytes": {"load": worker.peak_load_bytes, "run": worker.peak_run_bytes},
         "library_bytes": worker.loaded.library_bytes,
@@ -244,6 +263,8 @@ def print_mode(mode: str, contenders: dict[str, dict[str, Any]]) -> None:
     columns = ("", "tokens/s", *ratios, "first token s", "GB from disk / token", "peak anon. MB", "load s")
     print_table(columns, [_row(name, figures) for name, figures in contenders.items()])
     for name, figures in contenders.items():
+        if figures["foreign_share"] >= DISTURBED:
+            print(f"\n{CONTENDERS[name].title}: others used {figures['foreign_share']:.0%} of the processors")
         if "endor" in figures:
             print()
             for line in _endor_lines(figures["endor"], figures["library_bytes"]):
@@ -300,6 +321,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=3)
     add("--tokens", type=int, default=6, help="per turn; the first, which reads the prompt, is not counted")
     add("--threads", type=int, default=0, help="of torch (default: torch's own choice)")
+    add("--patience", type=float, default=0.0, metavar="S", help="to wait for a quiet machine, in all")
     add("--json", type=Path, metavar="FILE", help="also write the figures here; - for standard output only")
     arguments = parser.parse_args(words)
     arguments.contenders = tuple(arguments.contenders.split(","))

@@ -15,7 +15,7 @@ import hashlib
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
@@ -25,6 +25,7 @@ from typing import Any, Self
 import torch
 
 from bench_common import (
+    CpuMeter,
     MemorySampler,
     anonymous_bytes,
     cached_share,
@@ -132,13 +133,17 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One generation: token ids; for each token seconds, bytes from disk, Endor's split of the time."""
+    """One generation: token ids; for each token seconds, bytes from disk, Endor's split of the time.
+
+    `foreign_share` is the share of the processors that other processes used meanwhile.
+    """
 
     token_ids: tuple[int, ...]
     logits_digest: str
     token_s: tuple[float, ...]
     read_bytes: tuple[int, ...]
     parts_s: tuple[dict[str, float], ...] = ()
+    foreign_share: float = 0.0
 
 
 class Worker:
@@ -159,15 +164,20 @@ class Worker:
 
     def run(self, mode: str, tokens: int) -> Turn:
         """One turn: generate, in this mode, so many tokens."""
+        meter = CpuMeter(self._pid)
         self._pipe.send((mode, tokens))
         with self._sampling() as sampler:
             turn: Turn = self._receive()
         self.peak_run_bytes = max(self.peak_run_bytes, sampler.peak_bytes)
-        return turn
+        return replace(turn, foreign_share=meter.foreign_share())
+
+    @property
+    def _pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
 
     def _sampling(self) -> MemorySampler:
-        assert self._process.pid is not None
-        return MemorySampler(self._process.pid)
+        return MemorySampler(self._pid)
 
     def _receive(self) -> Any:
         try:
