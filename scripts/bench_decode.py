@@ -6,7 +6,8 @@ GB/s are bytes of the dense tensor. The matrices take turns, so that none is in 
 turns too. Bounds measured in the same run: memcpy (of the C library) of the dense bytes, and the
 streaming-store limit: decoding a matrix of zeros, which reads one bit per element and writes everything.
 With one thread the thread's own CPU time is counted, which other processes disturb less; with more, wall
-time. No speed is shown before the bits are checked.
+time. The column `others` says how much of the machine other processes used; medians are over the quieter half
+of the turns. No speed is shown before the bits are checked.
 
 The last table is the work of a streamed model: decode a weight into scratch, multiply it with one row, and
 so on with the next weight.
@@ -18,6 +19,7 @@ import argparse
 import ctypes
 import importlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -116,11 +118,42 @@ def encode_again(m: Matrices, name: str, i: int) -> None:
         backend.encode(m.dense[i], "raw")
 
 
-def seconds(run: Callable[[int], object], i: int, threads: int) -> float:
-    clock = time.thread_time if threads == 1 else time.perf_counter
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a contender: seconds per call, and the share of the machine that others used meanwhile."""
+
+    call_s: float
+    others: float
+
+
+def busy_s() -> float:
+    """CPU time of the whole machine so far."""
+    user, nice, system, _idle, _iowait, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def take_turn(run: Callable[[], object], args: argparse.Namespace, threads: int) -> Turn:
+    """Call `run` until the turn's time is over. The first call, with cold address caches, does not count."""
+    clock = clock_of(threads)
+    run()
+    calls, busy, own, wall = 0, busy_s(), time.process_time(), time.perf_counter()
     began = clock()
-    run(i)
-    return clock() - began
+    while calls == 0 or time.perf_counter() - wall < args.turn_ms / 1e3:
+        run()
+        calls += 1
+    taken = clock() - began
+    others = busy_s() - busy - (time.process_time() - own)
+    return Turn(taken / calls, others / (time.perf_counter() - wall) / (os.cpu_count() or 1))
+
+
+def quiet_median_s(turns: list[Turn]) -> float:
+    """Median over the quieter half of the turns."""
+    quiet = sorted(turns, key=lambda turn: turn.others)[: -(-len(turns) // 2)]
+    return median(turn.call_s for turn in quiet)
 
 
 def bench_codec(args: argparse.Namespace, dtype: str, threads: int) -> list[dict[str, Any]]:
@@ -129,22 +162,27 @@ def bench_codec(args: argparse.Namespace, dtype: str, threads: int) -> list[dict
     m = Matrices.random((args.rows, args.cols), DTYPES[dtype], args.density, args.copies)
     check_bits(m)
     runs = contenders(m)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    turns = itertools.cycle(range(args.copies))
+    turns: dict[str, list[Turn]] = {name: [] for name in runs}
+    numbers = itertools.cycle(range(args.copies))
     for round_number in range(args.rounds):
         for name in rotated(list(runs), round_number):
-            times[name].append(seconds(runs[name], next(turns), threads))
-    memcpy, nbytes = median(times["memcpy"]), m.dense[0].nbytes
+            turns[name].append(take_turn(partial(call_next, runs[name], numbers), args, threads))
+    memcpy, nbytes = quiet_median_s(turns["memcpy"]), m.dense[0].nbytes
     return [
         {
             "what": name,
             "dtype": dtype,
             "threads": threads,
-            "gb_per_s": nbytes / median(taken) / 1e9,
-            "times_memcpy": memcpy / median(taken),
+            "gb_per_s": nbytes / quiet_median_s(taken) / 1e9,
+            "times_memcpy": memcpy / quiet_median_s(taken),
+            "others": median(turn.others for turn in taken),
         }
-        for name, taken in times.items()
+        for name, taken in turns.items()
     ]
+
+
+def call_next(run: Callable[[int], object], numbers: Iterator[int]) -> None:
+    run(next(numbers))
 
 
 @contextmanager
@@ -168,38 +206,45 @@ def bench_scratch(args: argparse.Namespace, threads: int) -> list[dict[str, Any]
     scratch = torch.zeros(SCRATCH_SHAPE, dtype=torch.bfloat16)
     x = torch.randn(1, SCRATCH_SHAPE[1]).to(torch.bfloat16)
     kinds = [(own, streaming) for own in (False, True) for streaming in (False, True)]
-    times: dict[tuple[bool, bool], list[tuple[float, float]]] = {kind: [] for kind in kinds}
-    for turn in range(args.rounds):
-        for own, streaming in kinds[turn % 4 :] + kinds[: turn % 4]:
+    turns: dict[tuple[bool, bool], list[tuple[Turn, float]]] = {kind: [] for kind in kinds}
+    for round_number in range(args.rounds):
+        for own, streaming in kinds[round_number % 4 :] + kinds[: round_number % 4]:
             with variant(own_threads=own, streaming=streaming):
-                decode_and_multiply(weights, scratch, x)  # the threads have found their cores
-                times[own, streaming].append(decode_and_multiply(weights, scratch, x))
+                split = Split(clock_of(threads))
+                work = partial(decode_and_multiply, weights, scratch, x, split)
+                both = take_turn(work, args, threads)
+                turns[own, streaming].append((both, split.decode_s / split.calls))
     return [
         {
             "threads_of": "own pool" if own else "torch's OpenMP",
             "stores": "streaming" if streaming else "cached",
             "threads": threads,
-            "decode_ms": median(d for d, _ in taken),
-            "linear_ms": median(f for _, f in taken),
-            "both_ms": median(d + f for d, f in taken),
+            "decode_ms": 1e3 * quiet_median_s([Turn(decoding, both.others) for both, decoding in taken]),
+            "both_ms": 1e3 * quiet_median_s([both for both, _ in taken]) / len(weights),
+            "others": median(both.others for both, _ in taken),
         }
-        for (own, streaming), taken in times.items()
+        for (own, streaming), taken in turns.items()
     ]
 
 
+@dataclass
+class Split:
+    """How much of the time went into decoding."""
+
+    clock: Callable[[], float]
+    calls: int = 0
+    decode_s: float = 0.0
+
+
 def decode_and_multiply(
-    weights: list[PackedTensor], scratch: torch.Tensor, x: torch.Tensor
-) -> tuple[float, float]:
-    decoding = multiplying = 0.0
+    weights: list[PackedTensor], scratch: torch.Tensor, x: torch.Tensor, split: Split
+) -> None:
     for packed in weights:
-        began = time.perf_counter()
+        began = split.clock()
         decode(packed, out=scratch)
-        decoded = time.perf_counter()
+        split.decode_s += split.clock() - began
+        split.calls += 1
         F.linear(x, scratch)
-        multiplied = time.perf_counter()
-        decoding += decoded - began
-        multiplying += multiplied - decoded
-    return 1e3 * decoding / len(weights), 1e3 * multiplying / len(weights)
 
 
 def main() -> None:
@@ -211,25 +256,40 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--turn-ms", type=float, default=60, help="how long a contender runs in each round")
     parser.add_argument("--copies", type=int, default=3, help="matrices that take turns")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
     print(environment_line(), flush=True)
     codec = [row for n in args.threads for dtype in args.dtypes for row in bench_codec(args, dtype, n)]
     print_table(
-        ["", "dtype", "threads", "GB/s", "x memcpy"],
+        ["", "dtype", "threads", "GB/s", "x memcpy", "others"],
         [
-            (r["what"], r["dtype"], str(r["threads"]), f"{r['gb_per_s']:.1f}", f"{r['times_memcpy']:.2f}")
+            (
+                r["what"],
+                r["dtype"],
+                str(r["threads"]),
+                f"{r['gb_per_s']:.1f}",
+                f"{r['times_memcpy']:.2f}",
+                f"{r['others']:.0%}",
+            )
             for r in codec
         ],
     )
     scratch = [row for n in args.threads for row in bench_scratch(args, n)] if len(backends()) > 1 else []
     print()
     print_table(
-        ["threads of", "stores", "threads", "decode ms", "linear ms", "both ms"],
+        ["threads of", "stores", "threads", "decode ms", "both ms", "others"],
         [
-            (r["threads_of"], r["stores"], str(r["threads"]), *(f"{r[k]:.3f}" for k in list(r)[3:]))
+            (
+                r["threads_of"],
+                r["stores"],
+                str(r["threads"]),
+                f"{r['decode_ms']:.3f}",
+                f"{r['both_ms']:.3f}",
+                f"{r['others']:.0%}",
+            )
             for r in scratch
         ],
     )
