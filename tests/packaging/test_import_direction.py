@@ -35,6 +35,8 @@ ALLOWED: dict[str, frozenset[str]] = {
 }
 # The command line and the top of the package see everything; scripts and tests are outside.
 UNRESTRICTED = frozenset({"endor.cli", "endor"})
+# The version is a constant that the top of the package has before anything else is imported.
+CONSTANTS = frozenset({"endor.__version__"})
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -78,7 +80,7 @@ def violations(source: str, module: str, *, is_package: bool) -> list[str]:
     reached = {
         (line, package_of(name))
         for line, name in imported_names(source, module, is_package=is_package)
-        if name.split(".")[0] == "endor"
+        if name.split(".")[0] == "endor" and name not in CONSTANTS
     }
     return [
         f"{module}:{line} imports {target}"
@@ -139,6 +141,7 @@ def test_upward_import_is_found(source: str, module: str) -> None:
     ("source", "module", "is_package"),
     [
         pytest.param("from endor.errors import FormatError", "endor.formats.reader", False, id="errors"),
+        pytest.param("from endor import __version__", "endor.convert.pipeline", False, id="version"),
         pytest.param("from .layout import ALIGNMENT", "endor.formats.reader", False, id="sibling"),
         pytest.param("from .reader import Checkpoint", "endor.formats", True, id="inside-init"),
         pytest.param("from ..formats import layout", "endor.loaders.plan", False, id="downward-relative"),
