@@ -60,7 +60,7 @@ def test_neon_kernels_pass_the_same_trials_under_emulation(repository: Path, tmp
     if shutil.which(CROSS_COMPILER) is None or emulator is None:
         pytest.skip(f"needs {CROSS_COMPILER} and {' or '.join(EMULATORS)}")
     driver = build_driver(repository, tmp_path, [CROSS_COMPILER, "-std=c++17", "-O2", "-static", "-pthread"])
-    command = [emulator, driver, "300"]
+    command = [emulator, str(driver), "300"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert "neon ok" in result.stdout
