@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import endor
+from endor import __version__
 from endor.convert.calibrated import CalibratedBlocks, calibration_sequences
 from endor.convert.memory import MemoryBudget, plan_memory
 from endor.convert.modeltree import build_model_tree
@@ -201,7 +201,7 @@ class _Conversion:
 
     def fingerprint(self) -> dict[str, Any]:
         return {
-            "endor": endor.__version__,
+            "endor": __version__,
             "source": self._checkpoint.fingerprint(),
             "options": self._options.identity(),
             "shards": len(self._plan.shards),
