@@ -17,7 +17,7 @@ __all__ = ["parallel_address"]
 
 def parallel_address() -> int:
     """Address of `GOMP_parallel` in the runtime libtorch_cpu is linked against; 0 where there is none."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    library = Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so"
     mode = getattr(os, "RTLD_NOLOAD", None)
     if mode is None:
         return 0

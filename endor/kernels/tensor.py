@@ -45,7 +45,6 @@ class BitmapTensor(torch.Tensor):
     _packed: PackedTensor | None
     _scratch: Scratch | None
 
-    @staticmethod
     def __new__(
         cls,
         layout: TensorLayout,
