@@ -154,10 +154,10 @@ class EndorQuantizer(HfQuantizer):
         return nn.Parameter(weight, requires_grad=False)
 
     def _stays_packed(self, model: nn.Module, name: str) -> bool:
-        """Whether one Linear alone uses the weight: any other module would decode all of it for each use."""
+        """Whether a Linear has the weight: any other module would decode all of it for each use."""
         parent, _, leaf = name.rpartition(".")
         linear = leaf == "weight" and isinstance(model.get_submodule(parent), nn.Linear)
-        return linear and not self._packed[name].aliases and not self.quantization_config.dequantize
+        return linear and not self.quantization_config.dequantize
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         from endor.integrations.scratch import ThreadScratch
