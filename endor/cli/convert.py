@@ -135,7 +135,7 @@ def _convert(
     try:
         with progress_display(quiet=quiet) as show:
             report = convert(source, out, progress=show, **options).to_json()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         say("what is finished is kept: the same command with --resume continues", quiet=quiet)
         raise
     if text is not None:

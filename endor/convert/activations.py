@@ -71,8 +71,7 @@ class ActivationStore:
         except OSError as error:
             raise ConvertError(
                 f"cannot keep activations in {self._directory}: {error.strerror}. Free some space, raise "
-                "--memory or lower "
-                "--samples, and run again with --resume"
+                "--memory or lower --samples, and run again with --resume"
             ) from error
 
     def __getitem__(self, number: int) -> torch.Tensor:

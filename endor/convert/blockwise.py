@@ -150,8 +150,7 @@ class BlockwiseModel:
         if not seen:
             raise ConvertError(
                 f"{type(self._model).__name__} does not run {segment} on text, so its weights cannot be "
-                "calibrated; leave "
-                f"them out with --exclude '{segment}.*', or use --method magnitude"
+                f"calibrated; leave them out with --exclude '{segment}.*', or use --method magnitude"
             )
         return seen[0]
 

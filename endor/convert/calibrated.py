@@ -48,8 +48,7 @@ def calibration_sequences(directory: Path, config: Any, options: ConvertOptions)
         reason = str(error).strip().partition("\n")[0]
         raise ConvertError(
             f"{directory}: method {options.method} needs the model's tokenizer, which cannot be loaded "
-            f"({reason}). Put its "
-            "files there, or use --method magnitude"
+            f"({reason}). Put its files there, or use --method magnitude"
         ) from error
     chosen = options.calibration
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) or chosen.sequence_length
@@ -64,8 +63,7 @@ def calibration_sequences(directory: Path, config: Any, options: ConvertOptions)
     if int(ids.max()) >= vocabulary:
         raise ConvertError(
             f"{directory}: the tokenizer makes token {int(ids.max())}, the model has a vocabulary of "
-            f"{vocabulary}; they do "
-            "not belong together"
+            f"{vocabulary}; they do not belong together"
         )
     return ids
 
@@ -128,8 +126,7 @@ class CalibratedBlocks:
             names, self._unseen = self._unseen, []
             warnings.warn(
                 f"{len(names)} tensors saw no activations and were pruned by magnitude: "
-                f"{', '.join(names[:5])}"
-                f"{', ...' if len(names) > 5 else ''}",
+                f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}",
                 stacklevel=2,
             )
 

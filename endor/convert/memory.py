@@ -57,7 +57,6 @@ def plan_memory(limit: int | None, *, largest_tensor_bytes: int, needed_bytes: i
         raise ConvertError(
             f"--memory {total / mib:.0f} MiB is too small: this model needs at least "
             f"{-(-(fixed + needed_bytes) // mib)} MiB, {fixed // mib} MiB for the program and "
-            f"{-(-needed_bytes // mib)} MiB for "
-            "the largest tensors and what is made of them"
+            f"{-(-needed_bytes // mib)} MiB for the largest tensors and what is made of them"
         )
     return MemoryBudget(total, total - fixed)

@@ -129,9 +129,8 @@ def _model_class(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Any]:
         reason = str(error).strip().partition("\n")[0]
         raise ConvertError(
             f"{directory}: transformers {transformers.__version__} cannot read this model's config "
-            f"({reason}). model_type "
-            f"is {config.get('model_type')!r}, architectures {architectures}: a newer transformers may know "
-            "it"
+            f"({reason}). model_type is {config.get('model_type')!r}, architectures {architectures}: a newer "
+            "transformers may know it"
         ) from error
     return _find_class(directory, parsed, architectures), parsed
 
@@ -144,9 +143,9 @@ def _find_class(directory: Path, config: Any, architectures: list[str]) -> Any:
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
         raise ConvertError(
-            f"{directory}: unknown model class {architectures[0]!r}; transformers "
-            f"{transformers.__version__} has no such "
-            "model. A newer transformers may have it; models that bring their own code are not supported"
+            f"{directory}: unknown model class {architectures[0]!r}; transformers {transformers.__version__} "
+            "has no such model. A newer transformers may have it; models that bring their own code are not "
+            "supported"
         )
     for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
         if type(config) in mapping:
@@ -256,9 +255,8 @@ def _execution_order(model: PreTrainedModel, repeated: set[str]) -> list[str]:
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: ran.append(name)))
     attention = model.config._attn_implementation
     try:
-        # A meta tensor has no values to look at. Eager masks do without, in decoders only from a given mask, in
-        # encoders only without one.
-        model.set_attn_implementation("eager")
+        # A meta tensor has no values to look at. Eager masks do without: in decoders only if a mask is
+        # given, in encoders only if none is.
         for with_mask, as_tuple in product((True, False), (False, True)):
             ran.clear()
             if _trial_run(model, repeated, with_mask=with_mask, as_tuple=as_tuple):

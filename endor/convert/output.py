@@ -153,7 +153,8 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _clear(out: Path, journal: Path) -> None:
-    """Delete what is ours. The journal says so meanwhile: a resumed run must not take old shards for its own."""
+    """Delete what is ours. The journal says so meanwhile: a resumed run must not take old shards for its
+    own."""
     _write_journal(journal, _CLEARING)
     (out / CONFIG_NAME).unlink(missing_ok=True)
     _remove(out, _OURS, keep=journal)
@@ -179,8 +180,7 @@ def _check_same(journal: Path, fingerprint: Mapping[str, Any]) -> None:
     if differences:
         raise ConvertError(
             f"{journal.parent}: the interrupted conversion was started differently: "
-            f"{'; '.join(differences[:5])}. Use the "
-            "same source and options, or start again with --overwrite"
+            f"{'; '.join(differences[:5])}. Use the same source and options, or start again with --overwrite"
         )
 
 

@@ -13,12 +13,15 @@ from endor.convert.modeltree import LinearWeight
 from endor.convert.plan import Packed, TensorPlan
 from endor.errors import ConvertError
 from endor.formats.codecs import CODECS
-from endor.formats.packed import PackedTensor
+from endor.formats.packed import MASKS, PackedTensor
 from endor.formats.writer import plain
 from endor.kernels import decode, encode
 from endor.pruning import CRITERIA, Criterion, Pattern, prune_
 
 __all__ = ["pack", "pack_verified", "prune_linear_"]
+
+PLAIN = ("dense", "raw")
+"""Mask and codec of a tensor that is stored as it is."""
 
 
 def prune_linear_(
@@ -59,10 +62,11 @@ def pack_verified(name: str, weight: torch.Tensor, *, values: str) -> PackedTens
     best = plain(weight)
     for codec in CODECS.values():
         wanted = codec.name == values or (values == "auto" and codec.lossless)
-        if wanted and codec.supports(weight.dtype, "bitmap"):
-            packed = encode(weight, values=codec.name, mask="bitmap")
-            if packed.layout.nbytes < best.layout.nbytes:
-                best = packed
+        for mask in MASKS if wanted else ():
+            if codec.supports(weight.dtype, mask) and (mask, codec.name) != PLAIN:
+                packed = encode(weight, values=codec.name, mask=mask)
+                if packed.layout.nbytes < best.layout.nbytes:
+                    best = packed
     if not best.layout.is_plain and CODECS[best.layout.codec].lossless:
         _verify(name, weight, best)
     return best

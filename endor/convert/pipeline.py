@@ -248,16 +248,15 @@ class _Conversion:
         if free < needed:
             mib = 1 << 20
             raise ConvertError(
-                f"{self._out}: the checkpoint needs up to {-(-needed // mib)} MiB, but only {free // mib} MiB "
-                "are free there; free some space, or choose an OUT on another disk"
+                f"{self._out}: the checkpoint needs up to {-(-needed // mib)} MiB, but only {free // mib} "
+                "MiB are free there; free some space, or choose an OUT on another disk"
             )
 
     def run(self) -> ConvertReport:
         """Write what is not there yet. Raises ConvertError."""
         writer = CheckpointWriter(self._out, shards=len(self._plan.shards))
-        finished = {
-            s.number: _finished_header(writer, s) for s in self._plan.shards if writer.has_shard(s.number)
-        }
+        there = [shard for shard in self._plan.shards if writer.shard_path(shard.number).exists()]
+        finished = {shard.number: _finished_header(writer, shard) for shard in there}
         left = [shard for shard in self._plan.shards if shard.number not in finished]
         ahead = max(tensor.memory_bytes for tensor in self._plan.tensors)
         spare = self._memory.work_bytes - self._blocks.needed_bytes - ahead

@@ -178,8 +178,7 @@ def _check_rule(linear: LinearWeight, recipe: Recipe, options: ConvertOptions) -
     if linear.fused and isinstance(options.rule, NofM):
         raise ConvertError(
             f"{recipe.name}: pattern {options.pattern} is not supported for experts stored as one tensor. "
-            "Leave them out "
-            f"with --exclude '{recipe.name}', or use --pattern unstructured"
+            f"Leave them out with --exclude '{recipe.name}', or use --pattern unstructured"
         )
     options.rule.check_shape(recipe.name, recipe.shape[linear.input_dim])
 

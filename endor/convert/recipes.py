@@ -174,8 +174,7 @@ def _convert(
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ConvertError(
             f"{type(model).__name__}: transformers could not make {conversion.first_target!r} from "
-            f"{sources[0][0]!r} and "
-            f"{len(sources) - 1} more ({error})"
+            f"{sources[0][0]!r} and {len(sources) - 1} more ({error})"
         ) from error
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
@@ -185,8 +184,7 @@ def _check_shapes(tree: ModelTree, recipes: Mapping[str, Recipe]) -> None:
         if name in tree.shapes and recipe.shape != tree.shapes[name]:
             raise ConvertError(
                 f"tensor {recipe.sources[0]!r} has shape {list(recipe.shape)}, but config.json makes "
-                f"{name!r} "
-                f"{list(tree.shapes[name])}; config and weights do not belong together"
+                f"{name!r} {list(tree.shapes[name])}; config and weights do not belong together"
             )
 
 
@@ -202,8 +200,7 @@ def _keep_one_of_tied(tree: ModelTree, recipes: Mapping[str, Recipe], read: Read
         elif not _same_bits(recipes[name], kept[end], read):
             raise ConvertError(
                 f"config.json ties {name!r} to {end!r}, but the source has both and they differ. If the "
-                "model is not "
-                "tied, set tie_word_embeddings to false in its config.json"
+                "model is not tied, set tie_word_embeddings to false in its config.json"
             )
     return kept
 
@@ -224,9 +221,8 @@ def _check_missing(tree: ModelTree, recipes: Mapping[str, Recipe]) -> None:
     if missing:
         raise ConvertError(
             f"the source lacks {len(missing)} tensors that {type(tree.model).__name__} needs: "
-            f"{_some(missing)}. "
-            "config.json (architectures) and the weights do not belong together, or the download is "
-            "incomplete"
+            f"{_some(missing)}. config.json (architectures) and the weights do not belong together, or the "
+            "download is incomplete"
         )
 
 

@@ -68,8 +68,7 @@ def _download(repository: str) -> Path:
 def _not_a_model(repository: str, reason: str) -> ConvertError:
     return ConvertError(
         f"{repository!r} is not a directory, and as a hub id it cannot be downloaded: {reason}. Give the "
-        "path of a "
-        "local model directory, or check the name, your network and your access"
+        "path of a local model directory, or check the name, your network and your access"
     )
 
 
@@ -198,8 +197,7 @@ def _find_weights(directory: Path) -> tuple[dict[str, str] | None, tuple[Path, .
     )
     raise ConvertError(
         f"{directory} has a model config without weights: expected model.safetensors, pytorch_model.bin or "
-        "one of "
-        f"their .index.json{found}"
+        f"one of their .index.json{found}"
     )
 
 
@@ -222,7 +220,6 @@ def _shards(index: Path, weight_map: Mapping[str, str]) -> Iterator[Path]:
             name = next(n for n, s in weight_map.items() if s == shard)
             raise ConvertError(
                 f"{path} is missing, but {index.name} says that it has tensor {name!r}. The download may be "
-                "incomplete: "
-                "fetch the model again"
+                "incomplete: fetch the model again"
             )
         yield path

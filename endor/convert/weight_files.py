@@ -106,8 +106,7 @@ class SafetensorsFile(WeightFile):
             if n == 0:
                 raise ConvertError(
                     f"{self.path}: the file ends at byte {offset + done}, inside tensor {name!r}; it was "
-                    "truncated "
-                    "after the conversion started"
+                    "truncated after the conversion started"
                 )
             done += n
         return raw.view(tensor.dtype).view(tensor.shape)
@@ -137,8 +136,8 @@ def _read_table(fd: int, path: Path) -> tuple[dict[str, SourceTensor], dict[str,
     for name, (tensor, begin, end) in sorted(spans.items(), key=lambda item: item[1][1:]):
         if 8 + length + begin != position or end - begin != tensor.nbytes:
             raise FormatError(
-                f"{path}: tensor {name!r} at [{begin}, {end}) overlaps another, leaves a hole or has a "
-                "wrong size"
+                f"{path}: tensor {name!r} at [{begin}, {end}) overlaps another, leaves a hole or has a wrong "
+                "size"
             )
         offsets[name] = position
         position += tensor.nbytes

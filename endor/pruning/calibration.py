@@ -24,7 +24,7 @@ DEFAULT_TEXT = "calibration.txt"
 class Tokenize(Protocol):
     """What is needed of a tokenizer."""
 
-    def __call__(self, text: str) -> Any:
+    def __call__(self, text: str, /) -> Any:
         """A mapping with `input_ids`."""
 
 

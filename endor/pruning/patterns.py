@@ -96,8 +96,7 @@ class NofM(Pattern):
         if columns % self.m:
             raise ConvertError(
                 f"{name}: its input width {columns} is not a multiple of {self.m}, as pattern {self.name} "
-                "needs. Leave the "
-                f"tensor out with --exclude '{name}', or use --pattern unstructured"
+                f"needs. Leave the tensor out with --exclude '{name}', or use --pattern unstructured"
             )
 
     def keep(self, scores: Scores, *, per_row: bool) -> Mask:  # noqa: ARG002

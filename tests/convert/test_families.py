@@ -13,11 +13,23 @@ from endor.formats import CheckpointReader
 from tests.support.sources import FAMILIES, build, dense_weights, save_as_bin, save_source
 
 MERGED = ("mixtral",)
-CALIBRATED = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "opt", "gpt-neox", "gpt2", "bert-masked", "t5")
+CALIBRATED = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "phi3",
+    "opt",
+    "gpt-neox",
+    "gpt2",
+    "bert-masked",
+    "t5",
+)
 
 
 def convert(source: Path, out: Path, **options: Any) -> endor.ConvertReport:
-    return endor.convert(source, out, **{"method": "magnitude", **options})
+    return endor.convert(source, out, **{"method": "magnitude", "values": "raw", **options})
 
 
 def linear_weights(model: Any) -> set[str]:
@@ -94,7 +106,9 @@ def test_bin_files_give_what_safetensors_give(family: str, shards: int, tmp_path
     convert(tmp_path / "bin", tmp_path / "from-bin")
     convert(tmp_path / "source", tmp_path / "from-safetensors")
     shard = "model-00001-of-00001.safetensors"
-    assert (tmp_path / "from-bin" / shard).read_bytes() == (tmp_path / "from-safetensors" / shard).read_bytes()
+    assert (tmp_path / "from-bin" / shard).read_bytes() == (
+        tmp_path / "from-safetensors" / shard
+    ).read_bytes()
 
 
 def test_bin_files_of_old_torch_are_read(tmp_path: Path) -> None:
@@ -108,7 +122,13 @@ def test_wanda_runs_and_prunes_every_row_to_the_count(family: str, tmp_path: Pat
     model = build(family)
     save_source(family, tmp_path / "source")
     report = endor.convert(
-        tmp_path / "source", tmp_path / "out", method="wanda", samples=3, sequence_length=24, sparsity=0.25
+        tmp_path / "source",
+        tmp_path / "out",
+        method="wanda",
+        samples=3,
+        sequence_length=24,
+        sparsity=0.25,
+        values="raw",
     )
     stored = dense_weights(tmp_path / "out")
     linears = linear_weights(model)
@@ -122,7 +142,7 @@ def test_experts_are_pruned_by_magnitude_with_a_warning(tmp_path: Path) -> None:
     save_source("mixtral", tmp_path / "source")
     with pytest.warns(UserWarning, match=r"6 tensors saw no activations and were pruned by magnitude"):
         report = endor.convert(
-            tmp_path / "source", tmp_path / "out", method="wanda", samples=2, sequence_length=16
+            tmp_path / "source", tmp_path / "out", method="wanda", samples=2, sequence_length=16, values="raw"
         )
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
 
@@ -131,7 +151,9 @@ def test_wanda_chooses_as_the_whole_model_run_at_once_would(tmp_path: Path) -> N
     """Blocks pruned one after another give what pruning a whole model in memory, block after block, gives."""
     model = build("llama", dtype=torch.float32)
     save_source("llama", tmp_path / "source", dtype=torch.float32)
-    endor.convert(tmp_path / "source", tmp_path / "out", method="wanda", samples=4, sequence_length=32)
+    endor.convert(
+        tmp_path / "source", tmp_path / "out", method="wanda", samples=4, sequence_length=32, values="raw"
+    )
     stored = dense_weights(tmp_path / "out")
     prune_in_memory(model, calibration_ids(tmp_path / "source", samples=4, length=32))
     for name, weight in model.state_dict().items():
@@ -154,7 +176,9 @@ def prune_in_memory(model: Any, ids: torch.Tensor) -> None:
         inputs: dict[torch.nn.Module, torch.Tensor] = {}
         linears = [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
         hooks = [
-            m.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0].flatten(0, 1)))
+            m.register_forward_pre_hook(
+                lambda m, args, inputs=inputs: inputs.__setitem__(m, args[0].flatten(0, 1))
+            )
             for m in linears
         ]
         model(ids)

@@ -53,7 +53,8 @@ def test_unusable_files_are_refused(tmp_path: Path, name: str, content: bytes | 
 def test_a_seed_decides_the_sequences() -> None:
     documents = [f"document {i} " * 5 for i in range(50)]
     first, again, other = (
-        sample_sequences(documents, characters, samples=4, sequence_length=32, seed=seed) for seed in (0, 0, 1)
+        sample_sequences(documents, characters, samples=4, sequence_length=32, seed=seed)
+        for seed in (0, 0, 1)
     )
     assert first.shape == (4, 32)
     assert first.equal(again)
@@ -74,4 +75,4 @@ def test_a_text_shorter_than_a_sequence_gives_a_short_one() -> None:
 
 def test_text_without_tokens_is_refused() -> None:
     with pytest.raises(ConvertError, match="makes no token"):
-        sample_sequences(["abc"], lambda text: {"input_ids": []}, samples=1, sequence_length=4, seed=0)
+        sample_sequences(["abc"], lambda _: {"input_ids": []}, samples=1, sequence_length=4, seed=0)

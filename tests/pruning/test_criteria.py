@@ -55,9 +55,7 @@ def test_wanda_is_the_formula() -> None:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(24, 40, generator=generator)
     inputs = torch.randn(100, 40, generator=generator) * torch.rand(40, generator=generator)
-    result = pruned(
-        weight, criterion=Wanda(), pattern=Unstructured(0.5), input_norms=inputs.norm(dim=0)
-    )
+    result = pruned(weight, criterion=Wanda(), pattern=Unstructured(0.5), input_norms=inputs.norm(dim=0))
     score = weight.abs() * inputs.norm(dim=0)
     expected = weight.clone()
     expected.scatter_(1, score.argsort(dim=1, stable=True)[:, :20], 0.0)

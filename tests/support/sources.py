@@ -12,11 +12,17 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from endor.kernels import decode
 from endor.formats import CheckpointReader
+from endor.kernels import decode
 
 VOCABULARY = 130
-_COMMON = {"num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+_COMMON = {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _DECODER = {
     **_COMMON,
     "hidden_size": 64,
@@ -26,7 +32,13 @@ _DECODER = {
     "pad_token_id": 0,
     "max_position_embeddings": 64,
 }
-_ENCODER = {**_COMMON, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 66, "pad_token_id": 0}
+_ENCODER = {
+    **_COMMON,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 66,
+    "pad_token_id": 0,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _DECODER),
     "llama-tied": ("Llama", {**_DECODER, "tie_word_embeddings": True}),
@@ -47,10 +59,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "pad_token_id": 0,
         },
     ),
-    "gpt-neox": ("GPTNeoX", {**_COMMON, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64}),
+    "gpt-neox": (
+        "GPTNeoX",
+        {**_COMMON, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 64},
+    ),
     "gpt2": (
         "GPT2",
-        {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2},
+        {
+            "n_embd": 64,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 64,
+            "vocab_size": VOCABULARY,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
     ),
     "bert": ("Bert", _ENCODER),
     "bert-masked": ("Bert", _ENCODER),
@@ -95,7 +118,12 @@ def build(family: str, *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -
 
 
 def save_source(
-    family: str, directory: Path, *, dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB", **changes: Any
+    family: str,
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_size: str = "5GB",
+    **changes: Any,
 ) -> Path:
     """A random model of a family as a checkpoint of safetensors files."""
     build(family, dtype=dtype, **changes).save_pretrained(directory, max_shard_size=shard_size)
@@ -116,7 +144,7 @@ def save_as_bin(family: str, directory: Path, *, shards: int = 1, legacy: bool =
         torch.save(state, directory / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
         return directory
     names = list(state)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
         part = {name: state[name].clone() for name in names[number::shards]}
@@ -131,8 +159,8 @@ def save_tokenizer(directory: Path) -> None:
     characters = [chr(c) for c in range(32, 127)] + ["\n"]
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
@@ -152,7 +180,8 @@ def file_digests(directory: Path) -> dict[str, bytes]:
 
 
 def rewrite(source: Path, change: Any, target: Path) -> Path:
-    """A copy of a single-file checkpoint whose tensors went through `change`, a function of the state dict."""
+    """A copy of a single-file checkpoint whose tensors went through `change`, a function of the state
+    dict."""
     from safetensors.torch import load_file
 
     shutil.copytree(source, target)
