@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,11 @@ class TensorLayout:
                 f"nnz {self.nnz} does not fit shape {list(self.shape)} under mask {self.mask} [F11]"
             )
         _ = self.sections  # raises for params the codec cannot have
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Also what copy.deepcopy uses; a read-only map of params can be neither pickled nor copied.
+        fields = (self.shape, self.dtype, self.mask, self.codec, self.nnz, dict(self.params))
+        return TensorLayout, fields
 
     @property
     def _codec(self) -> Codec:

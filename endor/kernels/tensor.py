@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from endor.errors import KernelError
 from endor.formats.packed import DENSE_SECTION, PackedTensor, TensorLayout
-from endor.kernels.dispatch import decode as decode_packed, encode as encode_packed
+from endor.kernels.dispatch import decode as decode_packed
+from endor.kernels.smallest import encode_smallest
 
 __all__ = ["BitmapTensor", "Scratch", "decode", "encode"]
 
@@ -149,10 +150,8 @@ class BitmapTensor(torch.Tensor):
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        layout = self.packed_layout
-        fields = (layout.shape, layout.dtype, layout.mask, layout.codec, layout.nnz, dict(layout.params))
         return _rebuild, (
-            fields,
+            self.packed_layout,
             dict(self.packed.sections),
             self.dtype,
             isinstance(self, torch.nn.Parameter),
@@ -242,9 +241,8 @@ def _dense(value: Any) -> Any:
 
 
 def _rebuild(
-    fields: tuple[Any, ...], sections: Mapping[str, torch.Tensor], dtype: torch.dtype, parameter: bool
+    layout: TensorLayout, sections: Mapping[str, torch.Tensor], dtype: torch.dtype, parameter: bool
 ) -> torch.Tensor:
-    layout = TensorLayout(*fields)
     tensor = BitmapTensor(layout, PackedTensor(layout, sections), dtype=dtype)
     return torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
 
@@ -252,17 +250,18 @@ def _rebuild(
 def encode(
     weight: torch.Tensor, *, values: str = "auto", mask: str = "auto", backend: str | None = None
 ) -> BitmapTensor:
-    """Pack a weight bit-exactly (every element whose bits are not all zero is kept).
+    """Pack a weight: bit-exactly (every element whose bits are not all zero is kept) unless a lossy codec is named.
 
     Args:
-        weight: bf16, fp16, fp32 or float8_e4m3fn of any rank >= 1; zero-size dimensions are allowed.
+        weight: bf16, fp16, fp32 or float8_e4m3fn of any rank >= 1, zero-size dimensions included; other dtypes can
+            only be stored as they are.
         values: a values codec, or `auto` for the smallest lossless one.
         mask: `bitmap`, `dense`, or `auto` for the smaller.
         backend: a kernel backend by name; the fastest by default.
 
     Raises KernelError for a dtype, codec or mask that do not go together.
     """
-    packed = encode_packed(weight, values=values, mask=mask, backend=backend)
+    packed = encode_smallest(weight, values=values, mask=mask, backend=backend)
     return BitmapTensor(packed.layout, packed)
 
 
