@@ -257,6 +257,7 @@ def _execution_order(model: PreTrainedModel, repeated: set[str]) -> list[str]:
     try:
         # A meta tensor has no values to look at. Eager masks do without: in decoders only if a mask is
         # given, in encoders only if none is.
+        model.set_attn_implementation("eager")
         for with_mask, as_tuple in product((True, False), (False, True)):
             ran.clear()
             if _trial_run(model, repeated, with_mask=with_mask, as_tuple=as_tuple):
