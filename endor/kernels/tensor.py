@@ -16,8 +16,7 @@ import torch.nn.functional as F
 
 from endor.errors import KernelError
 from endor.formats.packed import DENSE_SECTION, PackedTensor, TensorLayout
-from endor.kernels.dispatch import decode as decode_packed
-from endor.kernels.smallest import encode_smallest
+from endor.kernels.dispatch import decode as decode_packed, encode as encode_packed
 
 __all__ = ["BitmapTensor", "Scratch", "decode", "encode"]
 
@@ -250,18 +249,20 @@ def _rebuild(
 def encode(
     weight: torch.Tensor, *, values: str = "auto", mask: str = "auto", backend: str | None = None
 ) -> BitmapTensor:
-    """Pack a weight: bit-exactly (every element whose bits are not all zero is kept) unless a lossy codec is named.
+    """Pack a weight: bit-exactly, unless a lossy codec is named.
+
+    Every element whose bits are not all zero is kept, -0.0 included.
 
     Args:
-        weight: bf16, fp16, fp32 or float8_e4m3fn of any rank >= 1, zero-size dimensions included; other dtypes can
-            only be stored as they are.
+        weight: bf16, fp16, fp32 or float8_e4m3fn of any rank >= 1, zero-size dimensions included; other
+            dtypes can only be stored as they are.
         values: a values codec, or `auto` for the smallest lossless one.
         mask: `bitmap`, `dense`, or `auto` for the smaller.
         backend: a kernel backend by name; the fastest by default.
 
     Raises KernelError for a dtype, codec or mask that do not go together.
     """
-    packed = encode_smallest(weight, values=values, mask=mask, backend=backend)
+    packed = encode_packed(weight, values=values, mask=mask, backend=backend)
     return BitmapTensor(packed.layout, packed)
 
 

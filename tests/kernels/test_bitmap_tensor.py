@@ -92,7 +92,7 @@ def test_another_dtype_is_shown_and_decoded_to() -> None:
 
 def test_writing_is_refused() -> None:
     packed = endor.encode(weight(4, 64))
-    for write in (lambda: packed.add_(1), lambda: packed.zero_(), lambda: packed.copy_(torch.zeros(4, 64))):
+    for write in (lambda: packed.add_(1), packed.zero_, lambda: packed.copy_(torch.zeros(4, 64))):
         with pytest.raises(KernelError, match="read-only"):
             write()
 
@@ -121,5 +121,5 @@ def test_gradients_flow_to_the_input() -> None:
 def test_a_compiled_linear_equals_the_eager_one() -> None:
     dense, x = weight(24, 64), weight(5, 64)
     packed = endor.encode(dense, values="raw", mask="bitmap")
-    compiled = torch.compile(lambda a, w: F.linear(a, w), backend="eager", fullgraph=False)
+    compiled = torch.compile(F.linear, backend="eager")
     assert torch.equal(compiled(x, packed), F.linear(x, dense))
