@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from endor.errors import KernelError
 from endor.formats.packed import DENSE_SECTION, PackedTensor, TensorLayout
-from endor.kernels.dispatch import decode as decode_packed, encode as encode_packed
+from endor.kernels.dispatch import decode as decode_packed
+from endor.kernels.smallest import encode_smallest
 
 __all__ = ["BitmapTensor", "Scratch", "decode", "encode"]
 
@@ -140,11 +141,13 @@ class BitmapTensor(torch.Tensor):
             f"codec={self.codec!r}, nnz={self.nnz}, bits_per_weight={self.bits_per_weight:.3f})"
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> BitmapTensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         packed = self._packed
         if packed is not None:
             packed = PackedTensor(packed.layout, {k: v.clone() for k, v in packed.sections.items()})
-        copy = self._like(packed, dtype=self.dtype)
+        copy: torch.Tensor = self._like(packed, dtype=self.dtype)
+        if isinstance(self, torch.nn.Parameter):
+            copy = torch.nn.Parameter(copy, requires_grad=False)
         memo[id(self)] = copy
         return copy
 
@@ -262,7 +265,7 @@ def encode(
 
     Raises KernelError for a dtype, codec or mask that do not go together.
     """
-    packed = encode_packed(weight, values=values, mask=mask, backend=backend)
+    packed = encode_smallest(weight, values=values, mask=mask, backend=backend)
     return BitmapTensor(packed.layout, packed)
 
 

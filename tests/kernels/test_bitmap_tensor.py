@@ -52,7 +52,7 @@ def test_other_dtypes_are_stored_as_they_are_or_refused() -> None:
     assert torch.equal(endor.decode(endor.encode(ids)), ids)
     with pytest.raises(KernelError, match="int64"):
         endor.encode(ids, mask="bitmap")
-    with pytest.raises(KernelError, match="'fax'"):
+    with pytest.raises(KernelError, match="fax"):
         endor.encode(weight(3, 3), values="fax")
 
 
