@@ -26,14 +26,14 @@ class Backend(ABC):
         """Whether this backend can encode and decode `codec` on `device`."""
 
     @abstractmethod
-    def encode(self, weight: torch.Tensor, codec: str) -> PackedTensor:
-        """Pack a contiguous `weight` under mask `bitmap`."""
+    def encode(self, weight: torch.Tensor, codec: str, *, mask: str = "bitmap") -> PackedTensor:
+        """Pack a contiguous `weight`; never raw under mask `dense`, which is a copy."""
 
     @abstractmethod
     def decode(self, packed: PackedTensor, start_block: int, stop_block: int, out: torch.Tensor) -> None:
-        """Write row blocks [start_block, stop_block) of a `bitmap` tensor to the contiguous `out`.
+        """Write row blocks [start_block, stop_block) of a tensor that is not plain to the contiguous `out`.
 
-        Raises FormatError where bitmap and row offsets contradict each other; `out` is then undefined.
+        Raises FormatError where the sections contradict each other; `out` is then undefined.
         """
 
 

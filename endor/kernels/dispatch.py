@@ -21,7 +21,7 @@ __all__ = ["decode", "decode_rows", "encode"]
 def encode(
     weight: Tensor, *, values: str = "raw", mask: str = "bitmap", backend: str | None = None
 ) -> PackedTensor:
-    """Pack `weight` bit-exactly.
+    """Pack `weight`: bit-exactly, unless the codec is one of the lossy ones.
 
     Args:
         weight: any rank >= 1 and any strides; not changed, not kept.
@@ -29,7 +29,8 @@ def encode(
         mask: `bitmap` keeps the elements whose bits are not all zero; `dense` keeps all.
         backend: one of `backends()`; the fastest one by default.
 
-    Raises KernelError where mask, codec, dtype and backend do not go together.
+    Raises KernelError where mask, codec, dtype and backend do not go together, and for NaN or infinity with a
+    lossy codec.
     """
     if values not in CODECS or mask not in MASKS or not CODECS[values].supports(weight.dtype, mask):
         raise KernelError(f"cannot encode {weight.dtype} with values {values!r} and mask {mask!r}")
@@ -38,7 +39,7 @@ def encode(
         layout = TensorLayout(tuple(source.shape), source.dtype, "dense", "raw", source.numel())
         copied = source.data_ptr() != weight.data_ptr()
         return PackedTensor(layout, {DENSE_SECTION: source if copied else source.clone()})
-    return choose(backend, values, source.device).encode(source, values)
+    return choose(backend, values, source.device).encode(source, values, mask=mask)
 
 
 def decode(packed: PackedTensor, *, out: Tensor | None = None, backend: str | None = None) -> Tensor:

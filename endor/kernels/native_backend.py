@@ -22,8 +22,9 @@ from endor.kernels.openmp import parallel_address
 
 __all__ = ["NativeBackend", "native_backends"]
 
-STREAMING_BYTES = 16 << 20
-"""Outputs from this size on bypass the caches: see docs/design/kernels.md."""
+STREAMING_BYTES = 32 << 20
+"""Outputs from this size on bypass the caches; a smaller one may still be there for the matmul that reads it
+(23 MB: 4 % slower with streaming stores, 34 MB: 13 % faster, on a 32 MB cache: docs/design/kernels.md)."""
 _CODECS = ("raw",)
 _INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
 _RULES = (
@@ -45,7 +46,7 @@ class NativeBackend(Backend):
     def supports(self, codec: str, device: torch.device) -> bool:
         return codec in _CODECS and device.type == "cpu"
 
-    def encode(self, weight: Tensor, codec: str) -> PackedTensor:
+    def encode(self, weight: Tensor, codec: str, *, mask: str = "bitmap") -> PackedTensor:
         shape = tuple(weight.shape)
         g = Geometry.of(shape)
         weight = _aligned(weight)
@@ -55,7 +56,7 @@ class NativeBackend(Backend):
         nnz = self.encode_into(weight, bitmap, offsets, torch.from_numpy(values).view(weight.dtype))
         # How many values there are is known only now. Shrinking gives the untouched rest back without a copy.
         values.resize(nnz, refcheck=False)
-        layout = TensorLayout(shape, weight.dtype, "bitmap", codec, nnz)
+        layout = TensorLayout(shape, weight.dtype, mask, codec, nnz)
         sections = {
             "bitmap": bitmap,
             "row_offsets": offsets.to(offsets_dtype(nnz)),

@@ -7,54 +7,75 @@ below what was reached: for a pruned weight that is one encoding, by `exponent`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from endor.errors import KernelError
 from endor.formats.codecs import CODECS, Params
 from endor.formats.layout import Geometry
-from endor.formats.packed import MASKS, TensorLayout
+from endor.formats.packed import MASKS, PackedTensor, TensorLayout
 from endor.kernels.backend import Backend
+from endor.kernels.dispatch import encode
 from endor.kernels.quantize import GROUP_COLUMNS
 from endor.kernels.reference_bits import as_bits
+from endor.kernels.registry import choose
 
-__all__ = ["AUTO", "forms"]
+__all__ = ["encode_smallest"]
 
-AUTO = "auto"
+_AUTO = "auto"
 
 
-def forms(weight: Tensor, *, values: str, mask: str, backend: Backend) -> list[tuple[int, str, str]]:
-    """The forms that come into question: least bytes, mask and codec, the smallest first.
+def encode_smallest(
+    weight: Tensor, *, values: str = _AUTO, mask: str = _AUTO, backend: str | None = None
+) -> PackedTensor:
+    """Pack `weight` in the smallest form that the arguments allow.
 
     Args:
-        weight: contiguous.
-        values: name of a codec, or `auto` for every lossless one that `backend` can run.
-        mask: name of a mask, or `auto` for both.
-        backend: the one that will encode.
+        weight: any rank and any strides; not changed, not kept.
+        values: name of the values codec, or `auto` for every lossless one that the backend can run.
+        mask: `bitmap`, `dense`, or `auto` for both.
+        backend: one of `backends()`; the fastest one by default.
+
+    Raises KernelError where mask, codec, dtype and backend do not go together.
     """
-    codecs = [values]
-    if values == AUTO:
-        codecs = [c.name for c in CODECS.values() if c.lossless and backend.supports(c.name, weight.device)]
+    source = weight.detach().contiguous()
+    runner = choose(backend, "raw" if values == _AUTO else values, source.device)
+    best: PackedTensor | None = None
+    for least_bytes, form, codec in sorted(_forms(source, values, mask, runner)):
+        if best is None or least_bytes < best.layout.nbytes:
+            packed = encode(source, values=codec, mask=form, backend=backend)
+            if best is None or packed.layout.nbytes < best.layout.nbytes:
+                best = packed
+    if best is None:
+        raise KernelError(f"cannot encode {weight.dtype} with values {values!r} and mask {mask!r}")
+    return best
+
+
+def _forms(weight: Tensor, values: str, mask: str, backend: Backend) -> Iterator[tuple[int, str, str]]:
+    """Least bytes, mask and codec of the forms that come into question."""
     nnz = int(torch.count_nonzero(as_bits(weight)))
-    masks = [mask] if mask != AUTO else list(MASKS)
-    if mask == AUTO and nnz == weight.numel():
+    masks = [form for form in MASKS if mask in {_AUTO, form}]
+    if mask == _AUTO and nnz == weight.numel():
         masks = ["dense"]  # a bitmap of ones is nothing but overhead
-    return sorted(
-        (_least_bytes(weight, name, codec, nnz), name, codec)
-        for codec in codecs
-        for name in masks
-        if CODECS[codec].supports(weight.dtype, name)
-    )
+    for codec in CODECS.values():
+        wanted = codec.lossless and backend.supports(codec.name, weight.device) if values == _AUTO else True
+        if wanted and values in {_AUTO, codec.name}:
+            for form in masks:
+                plain = (form, codec.name) == ("dense", "raw")
+                if codec.supports(weight.dtype, form) and (weight.shape or plain):
+                    yield _least_bytes(weight, form, codec.name, nnz), form, codec.name
 
 
 def _least_bytes(weight: Tensor, mask: str, codec: str, nnz: int) -> int:
+    """Bytes of a form with the params that make it as small as it can possibly be."""
     shape = tuple(weight.shape)
     kept = nnz if mask == "bitmap" else weight.numel()
-    params = _least_params(Geometry.of(shape), codec, kept)
-    return TensorLayout(shape, weight.dtype, mask, codec, kept, params).nbytes
-
-
-def _least_params(g: Geometry, codec: str, kept: int) -> Params:
-    """The params that make the sections as small as they can possibly be."""
+    params: Params = {}
     if codec == "exponent":
-        return {"pairs": 0, "singles": 1, "exponent_bytes": g.row_blocks + -(-kept // 8)}
-    return {"group_columns": GROUP_COLUMNS} if codec in {"int8", "int4"} else {}
+        least = Geometry.of(shape).row_blocks + -(-kept // 8)
+        params = {"pairs": 0, "singles": 1, "exponent_bytes": least}
+    elif codec in {"int8", "int4"}:
+        params = {"group_columns": GROUP_COLUMNS}
+    return TensorLayout(shape, weight.dtype, mask, codec, kept, params).nbytes

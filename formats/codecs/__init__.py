@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from endor.errors import FormatError
 from endor.formats.codecs.base import Codec, Params, SectionSpec, ValuesContext
+from endor.formats.codecs.exponent import ExponentCodec
+from endor.formats.codecs.quantized import Int4Codec, Int8Codec
 from endor.formats.codecs.raw import RawCodec
 from endor.formats.strict_json import short
 
-__all__ = ["CODECS", "Codec", "Params", "RawCodec", "SectionSpec", "ValuesContext", "codec_named"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "ExponentCodec",
+    "Int4Codec",
+    "Int8Codec",
+    "Params",
+    "RawCodec",
+    "SectionSpec",
+    "ValuesContext",
+    "codec_named",
+]
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (RawCodec(),)}
+CODECS: dict[str, Codec] = {
+    codec.name: codec for codec in (RawCodec(), ExponentCodec(), Int8Codec(), Int4Codec())
+}
 
 
 def codec_named(name: object, *, where: str = "values") -> Codec:

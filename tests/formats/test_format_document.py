@@ -23,7 +23,7 @@ TESTS = "".join(path.read_text() for path in (ROOT / "tests" / "formats").glob("
 
 
 def test_rules_are_numbered_without_a_gap() -> None:
-    assert sorted(RULES, key=lambda rule: int(rule[1:])) == [f"F{n}" for n in range(1, 25)]
+    assert sorted(RULES, key=lambda rule: int(rule[1:])) == [f"F{n}" for n in range(1, 31)]
 
 
 @pytest.mark.parametrize("rule", RULES)
