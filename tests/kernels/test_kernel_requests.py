@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from endor.errors import FormatError, KernelError
+from endor.formats.layout import WORD_BITS
 from endor.kernels import active_backend, backends, decode, encode
 from tests.support.kernels import random_bits
 
@@ -79,3 +81,8 @@ assert [str(w.message) for w in caught if "native extension" in str(w.message)] 
 assert len(caught) == 1, [str(w.message) for w in caught]
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_the_kernels_and_the_format_agree_on_the_word(repository: Path) -> None:
+    header = (repository / "endor/kernels/native/bitmap.h").read_text()
+    assert f"constexpr int64_t kWordBits = {WORD_BITS};" in header
