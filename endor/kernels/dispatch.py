@@ -12,7 +12,7 @@ from endor.errors import KernelError
 from endor.formats.codecs import CODECS
 from endor.formats.packed import DENSE_SECTION, MASKS, PackedTensor, TensorLayout
 from endor.kernels.backend import rows_of
-from endor.kernels.ops import bitmap_decode_raw
+from endor.kernels.ops import decode_traced
 from endor.kernels.registry import choose
 
 __all__ = ["decode", "decode_rows", "encode"]
@@ -61,8 +61,7 @@ def decode(packed: PackedTensor, *, out: Tensor | None = None, backend: str | No
     if layout.is_plain:
         return out.copy_(packed.sections[DENSE_SECTION])
     if _is_traced(out):
-        sections = packed.sections
-        bitmap_decode_raw(sections["bitmap"], sections["row_offsets"], sections["values"], out)
+        decode_traced(packed, out)
     else:
         choose(backend, layout.codec, packed.device).decode(packed, 0, layout.geometry.row_blocks, out)
     return out

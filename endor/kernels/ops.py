@@ -7,6 +7,8 @@ operator is defined through `torch.library.Library`: a call costs 1.5 us, of one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,36 +16,59 @@ from endor.errors import KernelError
 from endor.formats.packed import PackedTensor, TensorLayout
 from endor.kernels.registry import choose
 
-__all__ = ["LIBRARY", "bitmap_decode_raw"]
+__all__ = ["LIBRARY", "decode_op", "decode_traced"]
 
 LIBRARY = torch.library.Library("endor", "DEF")
 """Operators live as long as the library that defines them."""
 LIBRARY.define(
-    "bitmap_decode_raw(Tensor bitmap, Tensor row_offsets, Tensor values, Tensor(a!) out) -> ()",
+    "decode(Tensor[] sections, Tensor(a!) out, *, str mask, str codec, int nnz, "
+    "str[] param_names, int[] param_values) -> ()",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
 
-def _packed(bitmap: Tensor, row_offsets: Tensor, values: Tensor, out: Tensor) -> PackedTensor:
-    """The sections of the tensor that `out` is to become. Raises FormatError if they do not fit it."""
-    layout = TensorLayout(tuple(out.shape), out.dtype, "bitmap", "raw", values.numel())
-    return PackedTensor(layout, {"bitmap": bitmap, "row_offsets": row_offsets, "values": values})
-
-
-def _decode_raw(bitmap: Tensor, row_offsets: Tensor, values: Tensor, out: Tensor) -> None:
-    packed = _packed(bitmap, row_offsets, values, out)
+def _decode(
+    sections: Sequence[Tensor],
+    out: Tensor,
+    *,
+    mask: str,
+    codec: str,
+    nnz: int,
+    param_names: Sequence[str],
+    param_values: Sequence[int],
+) -> None:
+    params = dict(zip(param_names, param_values, strict=True))
+    layout = TensorLayout(tuple(out.shape), out.dtype, mask, codec, nnz, params)
+    names = (spec.name for spec in layout.sections)
+    packed = PackedTensor(layout, dict(zip(names, sections, strict=True)))
     if not out.is_contiguous():
         raise KernelError(f"out must be contiguous, found strides {list(out.stride())}")
-    choose(None, "raw", out.device).decode(packed, 0, packed.layout.geometry.row_blocks, out)
+    choose(None, codec, out.device).decode(packed, 0, layout.geometry.row_blocks, out)
 
 
-def _decode_raw_fake(bitmap: Tensor, row_offsets: Tensor, values: Tensor, out: Tensor) -> None:
-    if not bitmap.device == row_offsets.device == values.device == out.device:
-        raise KernelError("bitmap, row_offsets, values and out must be on one device")
+def _decode_fake(sections: Sequence[Tensor], out: Tensor, **_layout: object) -> None:
+    if any(section.device != out.device for section in sections):
+        raise KernelError(f"every section must be on the device of out, {out.device}")
 
 
-LIBRARY.impl("bitmap_decode_raw", _decode_raw, "CompositeExplicitAutograd")
-torch.library.register_fake("endor::bitmap_decode_raw", _decode_raw_fake, lib=LIBRARY)
+LIBRARY.impl("decode", _decode, "CompositeExplicitAutograd")
+torch.library.register_fake("endor::decode", _decode_fake, lib=LIBRARY)
 
-bitmap_decode_raw = torch.ops.endor.bitmap_decode_raw.default
-"""Decode a `bitmap`/`raw` tensor into the contiguous `out`, whose shape and dtype say what they hold."""
+decode_op = torch.ops.endor.decode.default
+"""Decode sections, in their layout's order, into the contiguous `out`, which has the layout's shape and dtype."""
+
+
+def decode_traced(packed: PackedTensor, out: Tensor) -> None:
+    """`packed` into `out` through the operator."""
+    layout = packed.layout
+    sections = [packed.sections[spec.name] for spec in layout.sections]
+    names, values = list(layout.params), [layout.params[name] for name in layout.params]
+    decode_op(
+        sections,
+        out,
+        mask=layout.mask,
+        codec=layout.codec,
+        nnz=layout.nnz,
+        param_names=names,
+        param_values=values,
+    )
