@@ -14,7 +14,6 @@ import transformers
 
 from endor.cli.options import format_size, say
 from endor.errors import LoadError, PlanError
-from endor.kernels import active_backend
 from endor.runtime import RunStats, Runtime, load, runtime_of
 
 __all__ = ["Generation", "Session", "SessionOptions"]
@@ -66,7 +65,7 @@ class Generation:
             "peak_memory": {"host": self.peak_host_bytes, "device": 0},
             "placement": runtime.placement.counts(),
             "reader": runtime.reader.name,
-            "kernel": active_backend("cpu"),
+            "kernel": runtime.kernel,
         }
 
 
@@ -131,8 +130,8 @@ class Session:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit and ids.shape[1] + self.options.max_new_tokens > limit:
             raise PlanError(
-                f"{ids.shape[1]} prompt tokens and --max-new-tokens {self.options.max_new_tokens} are more than "
-                f"the {limit} positions of this model; shorten the prompt or ask for fewer"
+                f"{ids.shape[1]} prompt tokens and --max-new-tokens {self.options.max_new_tokens} are more "
+                f"than the {limit} positions of this model; shorten the prompt or ask for fewer"
             )
         return ids.to(torch.int64)
 

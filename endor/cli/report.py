@@ -7,7 +7,6 @@ from rich.table import Table
 
 from endor.cli.generation import Generation
 from endor.cli.options import format_size
-from endor.kernels import active_backend
 from endor.runtime import Runtime
 
 __all__ = ["print_stats"]
@@ -86,5 +85,5 @@ def _memory(generation: Generation, runtime: Runtime) -> list[tuple[str, str, st
             format_size(generation.peak_host_bytes),
             f"{parts}, scratch {format_size(runtime.scratch_bytes)}",
         ),
-        ("reader, kernel", f"{runtime.reader.name}, {active_backend('cpu')}", ""),
+        ("reader, kernel", f"{runtime.reader.name}, {runtime.kernel}", ""),
     ]

@@ -21,6 +21,7 @@ from endor.errors import EndorError
 from endor.formats.checksums import verify_block
 from endor.formats.packed import PackedTensor
 from endor.formats.reader import BlockRange
+from endor.kernels import active_backend
 from endor.kernels.tensor import BitmapTensor
 from endor.loaders import Lease, LoadPlan, Prefetcher, Reader, ReadOp, StagingPool, Unit, read_unit
 from endor.runtime.placement import Placement
@@ -128,6 +129,13 @@ class Runtime:
     def scratch_bytes(self) -> int:
         """Memory that weights are decoded into."""
         return self._scratch.nbytes
+
+    @property
+    def kernel(self) -> str:
+        """The kernels that decode this model's weights, e.g. `native-avx512`; several where codecs differ."""
+        layouts = [w.packed_layout for b in self._blocks for group in b.weights.values() for w in group]
+        codecs = {layout.codec for layout in layouts if not layout.is_plain}
+        return ", ".join(sorted({active_backend("cpu", codec=codec) for codec in codecs})) or "none"
 
     @property
     def streamed_bytes(self) -> int:
