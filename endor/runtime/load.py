@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def load(
     _check_options(device=device, reader=reader, depth=depth)
     stats = StatsRecorder()
     with Checkpoint(directory) as checkpoint:
-        model = build_skeleton(checkpoint.directory, dtype=dtype)
+        stored = _stored_dtype(checkpoint)
+        model = build_skeleton(checkpoint.directory, dtype=dtype, stored=stored)
         blocks = list(_install_weights(model, checkpoint, dtype))
         check_complete(model, Path(directory))
     sizes = [block.home.nbytes for block in blocks]
@@ -161,6 +163,15 @@ def _install_dense(
     shared = nn.Parameter(dense.to(_shown_dtype(dense.dtype, model, dtype)), requires_grad=False)
     for name in (entry.name, *entry.aliases):
         install(model, name, shared)
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of most floating-point weights."""
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in checkpoint.entries.values():
+        if entry.layout.dtype.is_floating_point:
+            sizes[entry.layout.dtype] += entry.layout.geometry.numel
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 def _is_direct(weight: BitmapTensor) -> bool:

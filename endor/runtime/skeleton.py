@@ -15,12 +15,15 @@ from endor.errors import FormatError, LoadError
 __all__ = ["build_skeleton", "check_complete", "find_module", "install"]
 
 
-def build_skeleton(directory: Path, *, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
+def build_skeleton(
+    directory: Path, *, dtype: torch.dtype | None, stored: torch.dtype
+) -> transformers.PreTrainedModel:
     """The model that config.json in `directory` describes, its parameters on meta, its buffers real.
 
     Args:
         directory: of the checkpoint.
         dtype: of the model; that of the config by default.
+        stored: dtype for a config that names none.
 
     Raises:
         LoadError: transformers cannot read the config, or does not know the model.
@@ -35,7 +38,7 @@ def build_skeleton(directory: Path, *, dtype: torch.dtype | None) -> transformer
         del config.quantization_config
     model_class = _model_class(config, directory)
     with init_empty_weights(include_buffers=False):
-        model = model_class._from_config(config, dtype=dtype or config.dtype or torch.float32)
+        model = model_class._from_config(config, dtype=dtype or config.dtype or stored)
     if (directory / "generation_config.json").exists() and hasattr(model, "generation_config"):
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     model.eval()

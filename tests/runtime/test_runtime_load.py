@@ -281,3 +281,10 @@ def test_a_budget_below_one_block_says_how_much_is_needed(checkpoint: Path) -> N
 def test_unknown_options_are_refused(checkpoint: Path, option: dict[str, Any]) -> None:
     with pytest.raises(PlanError):
         endor.load(checkpoint, **option)
+
+
+def test_a_config_without_dtype_means_the_stored_one(damaged: Path) -> None:
+    config = (damaged / "config.json").read_text()
+    (damaged / "config.json").write_text(config.replace('"dtype": "bfloat16", ', ""))
+    assert '"dtype"' not in (damaged / "config.json").read_text()
+    assert endor.load(damaged, host_memory=0).dtype == torch.bfloat16
