@@ -140,10 +140,9 @@ class MemorySampler:
 
 
 class CpuMeter:
-    """How much of the machine's processor time goes to others than this process and the given one."""
+    """How much of the machine's processor time goes to others than this process."""
 
-    def __init__(self, pid: int | str = "self") -> None:
-        self._pids = ("self", pid) if pid != "self" else ("self",)
+    def __init__(self) -> None:
         self._before = self._now()
 
     def foreign_share(self) -> float:
@@ -154,11 +153,11 @@ class CpuMeter:
     def _now(self) -> tuple[int, int, int]:
         fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         idle = fields[3] + fields[4]
-        return sum(fields) - idle, sum(fields), sum(_cpu_ticks(pid) for pid in self._pids)
+        return sum(fields) - idle, sum(fields), _own_ticks()
 
 
-def _cpu_ticks(pid: int | str) -> int:
-    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+def _own_ticks() -> int:
+    words = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     return int(words[11]) + int(words[12])
 
 

@@ -31,7 +31,6 @@ from typing import Any
 from bench_common import (
     LLAMA_1B,
     LLAMA_TINY,
-    CpuMeter,
     DiskProbe,
     LlamaShape,
     build_random_llama,
@@ -46,13 +45,11 @@ from bench_common import (
     wait_for_quiet,
     write_json,
 )
-from bench_stream_worker import CONTENDERS, MODES, Models, Turn, Worker
+from bench_stream_worker import CONTENDERS, DISTURBED, MODES, Models, Turn, Worker
 
 DEFAULT_CONTENDERS = ("accelerate", "transformers", "mapped", "endor")
 GATE = ("mapped", "endor-depth0", "endor", "endor-resident")
 BASELINES = ("accelerate", "mapped")
-DISTURBED = 0.1
-"""Share of the processors that others may use during a turn."""
 ALLOWANCE_BYTES = 200_000_000
 _DISK_SPACE = 4
 
@@ -141,8 +138,8 @@ class Series:
 
     @property
     def rates(self) -> list[float]:
-        """Tokens per second of each turn, without its first token, which also reads the prompt."""
-        return [(len(turn.token_s) - 1) / sum(turn.token_s[1:]) for turn in self.turns]
+        """Tokens per second of each turn."""
+        return [turn.tokens_per_s for turn in self.turns]
 
     def ratio_to(self, other: Series) -> float:
         """How many times faster, from turns of the same round."""
@@ -205,14 +202,12 @@ def take_turn(
     """A turn, and the disk's bandwidth around it; again, while patience lasts, when others disturbed it."""
     while True:
         arguments.patience -= wait_for_quiet(arguments.patience)
-        meter = CpuMeter()
         before = [probe.bytes_per_s()] if probe else []
-        probing_share = meter.foreign_share()
         turn = worker.run(mode, arguments.tokens)
         after = [probe.bytes_per_s()] if probe else []
-        if max(turn.foreign_share, probing_share) < DISTURBED or arguments.patience <= 0:
+        if turn.is_clean or arguments.patience <= 0:
             return turn, [sum(before + after) / 2] if probe else []
-        say(f"{worker.name}: others used {turn.foreign_share:.0%} of the processors; once more")
+        say(f"{worker.name}: others used {median(turn.foreign_share):.0%} of the processors; once more")
 
 
 # ── reporting ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -225,7 +220,7 @@ def describe(worker: Worker, series: Series, all_series: dict[str, Series]) -> d
         "rounds": series.rates,
         "first_token_seconds": median(turn.token_s[0] for turn in series.turns),
         "disk_bytes_per_token": median(count for turn in series.turns for count in turn.read_bytes[1:]),
-        "foreign_share": median(turn.foreign_share for turn in series.turns),
+        "foreign_share": median(turn.foreign_share[i] for turn in series.turns for i in turn.counted),
         "load_seconds": worker.loaded.load_s,
         "peak_anonymous_bytes": {"load": worker.peak_load_bytes, "run": worker.peak_run_bytes},
         "library_bytes": worker.loaded.library_bytes,
@@ -238,7 +233,7 @@ def describe(worker: Worker, series: Series, all_series: dict[str, Series]) -> d
 
 def describe_endor(worker: Worker, series: Series) -> dict[str, Any]:
     """What only Endor reports: the split of the time, the bound and the memory plan."""
-    parts = [part for turn in series.turns for part in turn.parts_s[1:]]
+    parts = [turn.parts_s[i] for turn in series.turns for i in turn.counted]
     loaded = worker.loaded
     planned = sum(loaded.planned_bytes.values())
     peak = max(worker.peak_load_bytes, worker.peak_run_bytes)

@@ -15,7 +15,7 @@ import hashlib
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
@@ -37,7 +37,7 @@ from bench_common import (
     warm_cache,
 )
 
-__all__ = ["CONTENDERS", "Contender", "Loaded", "Models", "Turn", "Worker"]
+__all__ = ["CONTENDERS", "DISTURBED", "Contender", "Loaded", "Models", "Turn", "Worker"]
 
 MODES = ("disk", "warm")
 PROMPT_TOKENS = 32
@@ -131,19 +131,40 @@ class Loaded:
     streamed_bytes: int = 0
 
 
+DISTURBED = 0.1
+"""Share of the processors from which on others disturb a measurement."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """One generation: token ids; for each token seconds, bytes from disk, Endor's split of the time.
 
-    `foreign_share` is the share of the processors that other processes used meanwhile.
+    `foreign_share` is the share of the processors that other processes used during each token.
     """
 
     token_ids: tuple[int, ...]
     logits_digest: str
     token_s: tuple[float, ...]
     read_bytes: tuple[int, ...]
+    foreign_share: tuple[float, ...]
     parts_s: tuple[dict[str, float], ...] = ()
-    foreign_share: float = 0.0
+
+    @property
+    def counted(self) -> list[int]:
+        """The tokens that count: not the first, which reads the prompt, and if possible only undisturbed."""
+        later = range(1, len(self.token_s))
+        return [i for i in later if self.foreign_share[i] < DISTURBED] or list(later)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether at least half of the tokens after the first were undisturbed."""
+        clean = sum(share < DISTURBED for share in self.foreign_share[1:])
+        return 2 * clean >= len(self.token_s) - 1
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Over the tokens that count."""
+        return len(self.counted) / sum(self.token_s[i] for i in self.counted)
 
 
 class Worker:
@@ -164,12 +185,11 @@ class Worker:
 
     def run(self, mode: str, tokens: int) -> Turn:
         """One turn: generate, in this mode, so many tokens."""
-        meter = CpuMeter(self._pid)
         self._pipe.send((mode, tokens))
         with self._sampling() as sampler:
             turn: Turn = self._receive()
         self.peak_run_bytes = max(self.peak_run_bytes, sampler.peak_bytes)
-        return replace(turn, foreign_share=meter.foreign_share())
+        return turn
 
     @property
     def _pid(self) -> int:
@@ -256,10 +276,10 @@ def _generate(model: Any, files: list[Path], *, mode: str, tokens: int, reads_ah
         warm_cache(files)
     forwards_before = len(_per_forward(model))
     ids = torch.arange(1, PROMPT_TOKENS + 1)[None] % model.config.vocab_size
-    cache, found, token_s, read_bytes = None, [], [], []
+    cache, found, token_s, read_bytes, foreign = None, [], [], [], []
     logits = torch.empty(0)
     for _ in range(tokens):
-        read_before, began = read_from_disk_bytes(), perf_counter()
+        meter, read_before, began = CpuMeter(), read_from_disk_bytes(), perf_counter()
         if mode == "disk":
             _drop(files)
             if not reads_ahead:
@@ -271,12 +291,14 @@ def _generate(model: Any, files: list[Path], *, mode: str, tokens: int, reads_ah
         found.append(int(ids))
         token_s.append(perf_counter() - began)
         read_bytes.append(read_from_disk_bytes() - read_before)
+        foreign.append(meter.foreign_share())
     forget_mappings(files)  # what this process maps would stay in the page cache for the others
     return Turn(
         token_ids=tuple(found),
         logits_digest=hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()[:16],
         token_s=tuple(token_s),
         read_bytes=tuple(read_bytes),
+        foreign_share=tuple(foreign),
         parts_s=tuple(forward.seconds_by_part() for forward in _per_forward(model)[forwards_before:]),
     )
 

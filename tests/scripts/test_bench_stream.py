@@ -21,10 +21,19 @@ def bench(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def turn(
-    bench: ModuleType, *, token_ids: tuple[int, ...] = (1, 2, 3), token_s: tuple[float, ...] = ()
+    bench: ModuleType,
+    *,
+    token_ids: tuple[int, ...] = (1, 2, 3),
+    token_s: tuple[float, ...] = (),
+    foreign_share: tuple[float, ...] = (),
 ) -> Any:
+    nothing = (0,) * len(token_s)
     return bench.Turn(
-        token_ids=token_ids, logits_digest="", token_s=token_s, read_bytes=tuple(0 for _ in token_s)
+        token_ids=token_ids,
+        logits_digest="",
+        token_s=token_s,
+        read_bytes=nothing,
+        foreign_share=foreign_share or nothing,
     )
 
 
@@ -43,6 +52,14 @@ def test_first_token_is_not_counted_in_the_rate(bench: ModuleType) -> None:
     series = bench.Series(turns=[turn(bench, token_s=(9.0, 0.5, 0.25, 0.25))])
 
     assert series.rates == [3.0]
+
+
+def test_tokens_that_others_disturbed_are_not_counted(bench: ModuleType) -> None:
+    mixed = turn(bench, token_s=(9.0, 0.5, 8.0, 0.5), foreign_share=(0.9, 0.0, 0.5, 0.05))
+    loud = turn(bench, token_s=(9.0, 0.5, 8.0, 0.5), foreign_share=(0.0, 0.9, 0.5, 0.9))
+
+    assert (mixed.is_clean, mixed.tokens_per_s) == (True, 2.0)
+    assert (loud.is_clean, loud.tokens_per_s) == (False, 3 / 9)
 
 
 def test_ratio_compares_turns_of_the_same_round(bench: ModuleType) -> None:
