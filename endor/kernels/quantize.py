@@ -25,7 +25,7 @@ __all__ = ["GROUP_COLUMNS", "fit_codebook", "fit_scales_int4", "fit_scales_int8"
 GROUP_COLUMNS = 128
 """Columns that share a scale: 16 / 128 = 0.125 b/w."""
 _TOP = 127
-_INT8_FACTORS = tuple(0.88 + 0.02 * i for i in range(7))
+_INT8_FACTORS = tuple(1 - i / 128 for i in range(8))
 _INT4_FACTORS = tuple(0.60 + 0.04 * i for i in range(12))
 """Scales that are tried, as shares of the one that just reaches the largest value of a group."""
 _SMALLEST_SCALE = 2.0**-126
@@ -57,19 +57,23 @@ def fit_codebook(matrix: Tensor) -> Tensor:
     is best for them, and again.
     """
     sample = _sample(matrix)
+    _refuse_unless_finite(sample)
+    if not sample.any():
+        return _codebook(torch.arange(1, 9, device=matrix.device))
     codebook = _first_codebook(_groups(sample).abs())
     for _ in range(_CODEBOOK_ROUNDS):
         scales = fit_scales_int4(sample, codebook).float()
         groups = _groups(sample)
         values = groups != 0
-        weights = scales.unsqueeze(2).expand_as(groups)[values]
-        ratios = groups[values].abs() / weights
+        widths = scales.unsqueeze(2).expand_as(groups)[values]
+        ratios = groups[values].abs() / widths
+        weights = (widths / scales.max()).square()
         nearest = _nearest(ratios, codebook)
         zero = torch.zeros(CODEBOOK_SIZE // 2, device=matrix.device)
-        squares = zero.index_add(0, nearest, weights * weights)
-        sums = zero.index_add(0, nearest, weights * weights * ratios)
+        total = zero.index_add(0, nearest, weights)
+        sums = zero.index_add(0, nearest, weights * ratios)
         old = codebook[: CODEBOOK_SIZE // 2].float()
-        codebook = _codebook(torch.where(squares > 0, sums / squares.clamp(min=1e-38), old))
+        codebook = _codebook(torch.where(total > 0, sums / total, old))
     return codebook
 
 
@@ -100,19 +104,25 @@ def _fit_scales(matrix: Tensor, factors: tuple[float, ...], rounded: _Round) -> 
 def _fit_rows(rows: Tensor, factors: tuple[float, ...], rounded: _Round) -> Tensor:
     magnitudes = _groups(rows).abs()
     largest = magnitudes.amax(2, keepdim=True)
-    if not torch.isfinite(largest).all():
-        raise KernelError("int8 and int4 cannot hold NaN or infinity; use values 'exponent' or 'raw'")
+    _refuse_unless_finite(largest)
     values = magnitudes > 0  # zeros are not stored: what a codebook would make of them does not matter
     best = torch.full_like(largest, torch.inf)
     scales = torch.zeros_like(largest)
     highest = _highest_scale(rows.dtype)
     for factor in factors:
         scale = (largest / _TOP * factor).bfloat16().float().clamp(_SMALLEST_SCALE, highest)
-        error = (rounded(magnitudes / scale) * scale).sub_(magnitudes).mul_(values)
-        error = error.square_().sum(2, keepdim=True)
+        ratios = magnitudes / scale
+        # In shares of the largest value, so that squares neither overflow nor vanish.
+        error = rounded(ratios).sub_(ratios).mul_(values).square_().sum(2, keepdim=True)
+        error *= (scale / largest).square()
         scales = torch.where(error < best, scale, scales)
         best = torch.minimum(best, error)
     return torch.where(largest > 0, scales, 0).squeeze(2).bfloat16()
+
+
+def _refuse_unless_finite(numbers: Tensor) -> None:
+    if not torch.isfinite(numbers).all():
+        raise KernelError("int8 and int4 cannot hold NaN or infinity; use values 'exponent' or 'raw'")
 
 
 def _highest_scale(dtype: torch.dtype) -> float:
@@ -160,10 +170,8 @@ def _codebook(magnitudes: Tensor) -> Tensor:
 
 
 def _first_codebook(magnitudes: Tensor) -> Tensor:
-    """Entries that are used equally often; evenly spaced ones where there is nothing to count."""
+    """Entries that are used equally often."""
     ratios = (magnitudes / magnitudes.amax(2, keepdim=True))[magnitudes > 0]
-    if not len(ratios):
-        return _codebook(torch.arange(1, 9, device=magnitudes.device))
     size = CODEBOOK_SIZE // 2
     positions = torch.arange(1, 2 * size, 2, device=ratios.device) * len(ratios) // (2 * size)
     return _codebook(ratios.sort().values[positions])
@@ -178,7 +186,7 @@ def _sample(matrix: Tensor) -> Tensor:
 def _groups(rows: Tensor) -> Tensor:
     """float32 [rows, groups, GROUP_COLUMNS], zeros behind the last column."""
     wide = torch.nn.functional.pad(rows.float(), (0, -rows.shape[1] % GROUP_COLUMNS))
-    return wide.view(rows.shape[0], -1, GROUP_COLUMNS)
+    return wide.view(rows.shape[0], wide.shape[1] // GROUP_COLUMNS, GROUP_COLUMNS)
 
 
 def _chunks(matrix: Tensor) -> Iterator[Tensor]:

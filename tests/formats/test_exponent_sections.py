@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from endor.errors import FormatError
 from endor.formats import PackedTensor, TensorLayout
 from endor.formats.codecs.exponent import SLACK_BYTES
 from endor.kernels import backends, decode, decode_rows, encode
+from tests.support.bits import assert_bitwise_equal
 from tests.support.kernels import replace_section
 
 Sections = dict[str, torch.Tensor]
@@ -37,17 +39,17 @@ def first_plane(sections: Mapping[str, torch.Tensor], block: int) -> slice:
 class Lie:
     id: str
     rule: str
-    change: Callable[[Sections], None]
+    change: Callable[[Sections], object]
     words: str
     dtype: torch.dtype = torch.bfloat16
     decoders_tell: bool = True
 
 
-def set_offset(at: int, value: int) -> Callable[[Sections], None]:
+def set_offset(at: int, value: int) -> Callable[[Sections], object]:
     return lambda sections: sections["exponent_offsets"].__setitem__(at, value)
 
 
-def move_offset(at: int, by: int) -> Callable[[Sections], None]:
+def move_offset(at: int, by: int) -> Callable[[Sections], object]:
     return lambda sections: sections["exponent_offsets"][at].add_(by)
 
 
@@ -174,3 +176,24 @@ def test_params_that_cannot_be_are_refused(params: dict[str, int]) -> None:
 def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(FormatError, match="codec exponent with mask bitmap cannot hold"):
         TensorLayout((4, 4), dtype, "bitmap", "exponent", 4, packed().layout.params)
+
+
+def test_the_example_of_the_document_decodes_to_its_values() -> None:
+    document = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text()
+    example = document.split("Example of `exponent`")[1].split("\n```\n")[1]
+    sections = {
+        line.split()[0]: torch.tensor(list(bytes.fromhex(line[18:].split("  ")[0])), dtype=torch.uint8)
+        for line in example.splitlines()
+        if line and not line.startswith(" ")
+    }
+    records = sections["exponents"]
+    params = {"pairs": 0, "singles": 2, "exponent_bytes": len(records)}
+    layout = TensorLayout((1, 9), torch.bfloat16, "bitmap", "exponent", 7, params)
+    sections["exponents"] = torch.cat([records, torch.zeros(SLACK_BYTES, dtype=torch.uint8)])
+    sections["bitmap"] = sections["bitmap"].view(1, 8)
+    for name in ("row_offsets", "exponent_offsets"):
+        sections[name] = sections[name].view(torch.int32)
+    packed = PackedTensor(layout, sections)
+    packed.check()
+    expected = torch.tensor([[1.5, 0, 1.0, -1.25, 0, 3.0, 1.75, -0.0, 0.01]]).bfloat16()
+    assert_bitwise_equal(decode(packed, backend="reference"), expected)
