@@ -55,7 +55,7 @@ LIBRARY.impl("decode", _decode, "CompositeExplicitAutograd")
 torch.library.register_fake("endor::decode", _decode_fake, lib=LIBRARY)
 
 decode_op = torch.ops.endor.decode.default
-"""Decode sections, in their layout's order, into the contiguous `out`, which has the layout's shape and dtype."""
+"""Decode sections, in their layout's order, into the contiguous `out`, of the layout's shape and dtype."""
 
 
 def decode_traced(packed: PackedTensor, out: Tensor) -> None:
