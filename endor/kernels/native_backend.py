@@ -8,6 +8,8 @@ in `endor.kernels.dispatch` first, and everything a file could lie about is chec
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,12 @@ import torch
 from torch import Tensor
 
 from endor.errors import FormatError
+from endor.formats.codecs import Params
 from endor.formats.layout import Geometry
 from endor.formats.packed import PackedTensor, TensorLayout, offsets_dtype
 from endor.kernels.backend import Backend
+from endor.kernels.native_exponent import decode_exponent, encode_exponent
+from endor.kernels.native_memory import aligned, size_log2
 from endor.kernels.openmp import parallel_address
 
 __all__ = ["NativeBackend", "native_backends"]
@@ -25,12 +30,13 @@ __all__ = ["NativeBackend", "native_backends"]
 STREAMING_BYTES = 32 << 20
 """Outputs from this size on bypass the caches; a smaller one may still be there for the matmul that reads it
 (23 MB: 4 % slower with streaming stores, 34 MB: 13 % faster, on a 32 MB cache: docs/design/kernels.md)."""
-_CODECS = ("raw",)
+_CODECS = ("raw", "exponent")
 _INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
 _RULES = (
     "row_offsets decrease, leave the values, or do not run from 0 to nnz",
     "the bitmap has bits set beyond the last column",
     "row_offsets and the number of bits set in the bitmap differ",
+    "its record of exponents does not fill the bytes that exponent_offsets give it",
 )
 
 
@@ -40,40 +46,44 @@ class NativeBackend(Backend):
     def __init__(self, name: str, extension: Any, isa: int) -> None:
         self.name = name
         self._isa = isa
-        self._encode = extension.encode
-        self._decode = extension.decode
+        self._extension = extension
 
     def supports(self, codec: str, device: torch.device) -> bool:
         return codec in _CODECS and device.type == "cpu"
 
     def encode(self, weight: Tensor, codec: str, *, mask: str = "bitmap") -> PackedTensor:
-        shape = tuple(weight.shape)
-        g = Geometry.of(shape)
-        weight = _aligned(weight)
+        weight = aligned(weight)
+        g = Geometry.of(tuple(weight.shape))
+        kept = self._keep(weight, g) if mask == "bitmap" else _keep_all(weight, g)
+        params: Params = {}
+        sections = {"values": kept.values}
+        if codec == "exponent":
+            params, sections = encode_exponent(self._extension, kept.values, kept.starts, g, mask)
+        layout = TensorLayout(
+            tuple(weight.shape), weight.dtype, mask, codec, len(kept.values), MappingProxyType(dict(params))
+        )
+        return PackedTensor(layout, {**kept.mask, **sections})
+
+    def _keep(self, weight: Tensor, g: Geometry) -> _Kept:
         bitmap = torch.empty(g.rows, g.bitmap_row_bytes, dtype=torch.uint8)
-        offsets = torch.empty(g.row_blocks + 1, dtype=torch.int64)
+        starts = torch.empty(g.row_blocks + 1, dtype=torch.int64)
         values = np.empty(weight.numel(), _INTEGERS[weight.dtype.itemsize])
-        nnz = self.encode_into(weight, bitmap, offsets, torch.from_numpy(values).view(weight.dtype))
+        nnz = self.encode_into(weight, bitmap, starts, torch.from_numpy(values).view(weight.dtype))
         # How many values there are is known only now. Shrinking gives the untouched rest back without a copy.
         values.resize(nnz, refcheck=False)
-        layout = TensorLayout(shape, weight.dtype, mask, codec, nnz)
-        sections = {
-            "bitmap": bitmap,
-            "row_offsets": offsets.to(offsets_dtype(nnz)),
-            "values": torch.from_numpy(values).view(weight.dtype),
-        }
-        return PackedTensor(layout, sections)
+        mask = {"bitmap": bitmap, "row_offsets": starts.to(offsets_dtype(nnz))}
+        return _Kept(torch.from_numpy(values).view(weight.dtype), starts, mask)
 
     def encode_into(self, weight: Tensor, bitmap: Tensor, offsets: Tensor, values: Tensor) -> int:
         """Encode to memory that is there: int64 `offsets`, `values` with room for all. Returns nnz."""
         g = Geometry.of(tuple(weight.shape))
-        nnz: int = self._encode(
+        nnz: int = self._extension.encode(
             self._isa,
             torch.get_num_threads(),
             g.rows,
             g.cols,
             g.row_block,
-            _size_log2(weight),
+            size_log2(weight),
             weight.data_ptr(),
             bitmap.data_ptr(),
             offsets.data_ptr(),
@@ -82,16 +92,27 @@ class NativeBackend(Backend):
         return nnz
 
     def decode(self, packed: PackedTensor, start_block: int, stop_block: int, out: Tensor) -> None:
+        codec = packed.layout.codec
+        if codec == "raw":
+            failure = self._decode_raw(packed, start_block, stop_block, out)
+        else:
+            offsets = aligned(packed.sections["row_offsets"]) if packed.layout.mask == "bitmap" else None
+            mask = self._mask(packed, offsets, start_block, stop_block, out)
+            failure = decode_exponent(self._extension, mask, packed)
+        if failure >= 0:
+            raise FormatError(f"row block {failure // 4}: {_RULES[failure % 4]}")
+
+    def _decode_raw(self, packed: PackedTensor, start_block: int, stop_block: int, out: Tensor) -> int:
         g, sections = packed.layout.geometry, packed.sections
-        row_offsets, values = _aligned(sections["row_offsets"]), _aligned(sections["values"])
-        failure = self._decode(
+        row_offsets, values = aligned(sections["row_offsets"]), aligned(sections["values"])
+        failure: int = self._extension.decode(
             self._isa,
             torch.get_num_threads(),
             g.rows,
             g.cols,
             g.row_block,
             packed.layout.nnz,
-            _size_log2(out),
+            size_log2(out),
             sections["bitmap"].data_ptr(),
             row_offsets.data_ptr(),
             row_offsets.dtype == torch.int64,
@@ -101,17 +122,43 @@ class NativeBackend(Backend):
             stop_block,
             out.nbytes >= STREAMING_BYTES,
         )
-        if failure >= 0:
-            raise FormatError(f"row block {failure // 4}: {_RULES[failure % 4]}")
+        return failure
+
+    def _mask(
+        self, packed: PackedTensor, row_offsets: Tensor | None, start_block: int, stop_block: int, out: Tensor
+    ) -> tuple[Any, ...]:
+        """What every codec but raw tells the extension first; see `parse_mask` in module.cpp."""
+        g = packed.layout.geometry
+        return (
+            self._isa,
+            torch.get_num_threads(),
+            g.rows,
+            g.cols,
+            g.row_block,
+            packed.layout.nnz,
+            size_log2(out),
+            packed.sections["bitmap"].data_ptr() if row_offsets is not None else 0,
+            row_offsets.data_ptr() if row_offsets is not None else 0,
+            row_offsets is not None and row_offsets.dtype == torch.int64,
+            out.data_ptr(),
+            start_block,
+            stop_block,
+            out.nbytes >= STREAMING_BYTES,
+        )
 
 
-def _size_log2(tensor: Tensor) -> int:
-    return tensor.dtype.itemsize.bit_length() - 1
+@dataclass(frozen=True)
+class _Kept:
+    """The values that are kept, how many (int64) lie before each row block, and the mask's sections."""
+
+    values: Tensor
+    starts: Tensor
+    mask: dict[str, Tensor]
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy where it starts in the middle of an element (a view of foreign memory can)."""
-    return tensor.clone() if tensor.data_ptr() % tensor.dtype.itemsize else tensor
+def _keep_all(weight: Tensor, g: Geometry) -> _Kept:
+    rows = torch.arange(g.row_blocks + 1) * g.row_block
+    return _Kept(weight.reshape(-1), rows.clamp(max=g.rows) * g.cols, {})
 
 
 def native_backends() -> tuple[NativeBackend, ...]:

@@ -6,94 +6,69 @@
 #include <thread>
 
 #include "parallel.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "row_blocks.h"
 
 namespace endor {
 namespace {
 
-// Dense bytes one thread takes at a time: large against a wake-up, small enough that the last one is not waited for.
-constexpr int64_t kChunkBytes = 256 * 1024;
-
-// Non-temporal stores are visible to whoever waits for this chunk only after a fence.
-inline void drain_stores() {
-#if defined(__x86_64__)
-    _mm_sfence();
-#endif
-}
-
-struct Chunks {
-    int64_t first;
-    int64_t stop;
-    int64_t per_chunk;
-
-    Chunks(const Shape& shape, int size_log2, int64_t first_block, int64_t stop_block)
-        : first(first_block), stop(stop_block) {
-        const int64_t block_bytes = (shape.row_block * shape.cols) << size_log2;
-        per_chunk = block_bytes < kChunkBytes ? kChunkBytes / (block_bytes ? block_bytes : 1) : 1;
-    }
-    int64_t count() const { return (stop - first + per_chunk - 1) / per_chunk; }
-    int64_t begin(int64_t chunk) const { return first + chunk * per_chunk; }
-    int64_t end(int64_t chunk) const { return begin(chunk + 1) < stop ? begin(chunk + 1) : stop; }
-};
-
-struct Rows {
-    int64_t first;
-    int64_t count;
-
-    Rows(const Shape& shape, int64_t first_block, int64_t stop_block) : first(first_block * shape.row_block) {
-        const int64_t stop = stop_block * shape.row_block;
-        count = (stop < shape.rows ? stop : shape.rows) - first;
-    }
-};
-
 struct Decoding {
     const DecodeJob& job;
     Chunks chunks;
+    BlockDecoder decoder;
+    const void* context;
     std::atomic<int64_t> failure;
 };
 
-inline int64_t offset_at(const DecodeJob& job, int64_t block) {
-    return job.offsets_are_64 ? static_cast<const int64_t*>(job.offsets)[block]
-                              : static_cast<const int32_t*>(job.offsets)[block];
+// Where the values of a block lie. Under mask `dense` every element is one.
+int64_t values_before(const DecodeJob& job, int64_t block) {
+    if (job.offsets) return offset_at(job.offsets, job.offsets_are_64, block);
+    const int64_t row = block * job.shape.row_block;
+    return (row < job.shape.rows ? row : job.shape.rows) * job.shape.cols;
 }
 
-// The rule that a row block breaks, or -1.
-int64_t broken_rule(const DecodeJob& job, int64_t block, int64_t start, int64_t stop, const uint8_t* bitmap,
-                    int64_t rows) {
-    const bool runs_from_0_to_nnz =
-        (block != 0 || start == 0) && (block != job.shape.row_blocks() - 1 || stop == job.nnz);
-    if (start < 0 || stop < start || stop > job.nnz || !runs_from_0_to_nnz) return kOffsetsOutOfRange;
-    const int64_t bits = job.kernels->count(bitmap, rows, job.shape.cols);
+// The rule that the mask of a row block breaks, or -1.
+int64_t broken_rule(const DecodeJob& job, const Block& block) {
+    if (!job.offsets) return -1;
+    const bool runs_from_0_to_nnz = (block.number != 0 || block.start == 0) &&
+                                    (block.number != job.shape.row_blocks() - 1 || block.stop == job.nnz);
+    if (block.start < 0 || block.stop < block.start || block.stop > job.nnz || !runs_from_0_to_nnz) {
+        return kOffsetsOutOfRange;
+    }
+    const int64_t bits = job.kernels->count(block.bitmap, block.rows, job.shape.cols);
     if (bits < 0) return kBitsInPadding;
-    return bits == stop - start ? int64_t{-1} : kCountMismatch;
+    return bits == block.stop - block.start ? int64_t{-1} : kCountMismatch;
 }
 
 void decode_chunk(void* context, int64_t chunk) {
     auto& decoding = *static_cast<Decoding*>(context);
     const DecodeJob& job = decoding.job;
-    const Shape& shape = job.shape;
-    const int64_t row_bytes = shape.cols << job.size_log2;
-    const int64_t out_row = job.start_block * shape.row_block;
-    const uint8_t* values_end = job.values + (job.nnz << job.size_log2);
-    for (int64_t block = decoding.chunks.begin(chunk); block < decoding.chunks.end(chunk); ++block) {
-        const Rows rows(shape, block, block + 1);
-        const uint8_t* bitmap = job.bitmap + rows.first * shape.words_per_row() * 8;
-        const int64_t start = offset_at(job, block);
-        const int64_t rule = broken_rule(job, block, start, offset_at(job, block + 1), bitmap, rows.count);
-        if (rule >= 0) {
-            const int64_t found = 4 * block + rule;
-            int64_t lowest = decoding.failure.load();
-            while (found < lowest && !decoding.failure.compare_exchange_weak(lowest, found)) {}
-            continue;
-        }
-        job.kernels->decode[job.size_log2](bitmap, job.values + (start << job.size_log2), values_end,
-                                           job.out + (rows.first - out_row) * row_bytes, rows.count, shape.cols,
-                                           job.streaming);
+    const int64_t row_bytes = job.shape.cols << job.size_log2;
+    const int64_t out_row = job.start_block * job.shape.row_block;
+    for (int64_t number = decoding.chunks.begin(chunk); number < decoding.chunks.end(chunk); ++number) {
+        const Rows rows(job.shape, number, number + 1);
+        const Block block{number,
+                          rows.first,
+                          rows.count,
+                          values_before(job, number),
+                          values_before(job, number + 1),
+                          job.offsets ? job.bitmap + rows.first * job.shape.words_per_row() * 8 : nullptr,
+                          job.out + (rows.first - out_row) * row_bytes};
+        int64_t rule = broken_rule(job, block);
+        if (rule < 0) rule = decoding.decoder(decoding.context, block);
+        if (rule == -1) continue;
+        const int64_t found = rule == kNoMemory ? kNoMemory : 4 * number + rule;
+        int64_t lowest = decoding.failure.load();
+        while (found < lowest && !decoding.failure.compare_exchange_weak(lowest, found)) {}
     }
     if (job.streaming) drain_stores();
+}
+
+int64_t decode_raw_block(const void* context, const Block& block) {
+    const DecodeJob& job = *static_cast<const DecodeJob*>(context);
+    job.kernels->decode[job.size_log2](block.bitmap, job.values + (block.start << job.size_log2),
+                                       job.values + (job.nnz << job.size_log2), block.out, block.rows, job.shape.cols,
+                                       job.streaming);
+    return -1;
 }
 
 struct Encoding {
@@ -142,14 +117,17 @@ void encode_chunk(void* context, int64_t chunk) {
 
 }  // namespace
 
-int64_t decode(const DecodeJob& job, int threads) {
+int64_t decode_blocks(const DecodeJob& job, int threads, BlockDecoder decoder, const void* context) {
     constexpr int64_t kNone = INT64_MAX;
-    Decoding decoding{job, Chunks(job.shape, job.size_log2, job.start_block, job.stop_block), {kNone}};
-    if (job.shape.row_blocks() == 0 && offset_at(job, 0) != 0) return kOffsetsOutOfRange;
-    run_chunks(threads, decoding.chunks.count(), decode_chunk, &decoding);
+    const Chunks chunks(job.shape, job.size_log2, job.start_block, job.stop_block);
+    Decoding decoding{job, chunks, decoder, context, {kNone}};
+    if (job.shape.row_blocks() == 0 && job.offsets && values_before(job, 0) != 0) return kOffsetsOutOfRange;
+    run_chunks(threads, chunks.count(), decode_chunk, &decoding);
     const int64_t failure = decoding.failure.load();
     return failure == kNone ? -1 : failure;
 }
+
+int64_t decode(const DecodeJob& job, int threads) { return decode_blocks(job, threads, decode_raw_block, &job); }
 
 int64_t encode(const EncodeJob& job) {
     Encoding encoding{job, Chunks(job.shape, job.size_log2, 0, job.shape.row_blocks())};

@@ -19,6 +19,7 @@ enum Rule : int64_t {
     kOffsetsOutOfRange = 0,   // not 0 at the start, not nnz at the end, decreasing, or outside the values
     kBitsInPadding = 1,       // bits set beyond the last column
     kCountMismatch = 2,       // the bitmap does not have as many bits set as the offsets say
+    kBadRecord = 3,           // codec `exponent`: a record does not fill the bytes that its offsets give it
 };
 
 struct Shape {
@@ -56,7 +57,7 @@ struct DecodeJob {
     Shape shape;
     int size_log2;
     const uint8_t* bitmap;
-    const void* offsets;  // [row_blocks + 1], int32 or int64
+    const void* offsets;  // [row_blocks + 1], int32 or int64; null under mask `dense`, which raw values do not have
     bool offsets_are_64;
     const uint8_t* values;
     int64_t nnz;

@@ -7,7 +7,9 @@
 #include <Python.h>
 
 #include "bitmap.h"
+#include "exponent.h"
 #include "parallel.h"
+#include "row_blocks.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the format is little-endian, and so are these kernels"
@@ -103,6 +105,108 @@ PyObject* py_encode(PyObject*, PyObject* args) {
     return PyLong_FromLongLong(nnz);
 }
 
+// What all codecs but raw share: (isa, threads, rows, cols, row block, nnz, log2 of the element size, bitmap, row offsets
+// or 0 under mask `dense`, whether they have 64 bits, out, first and last row block, whether out is to bypass the caches).
+bool parse_mask(PyObject* arguments, DecodeJob& job, int& isa, int& threads) {
+    long long rows, cols, row_block, nnz, start_block, stop_block;
+    unsigned long long bitmap, offsets, out;
+    int offsets_are_64, streaming;
+    if (!PyArg_ParseTuple(arguments, "iiLLLLiKKpKLLp", &isa, &threads, &rows, &cols, &row_block, &nnz, &job.size_log2,
+                          &bitmap, &offsets, &offsets_are_64, &out, &start_block, &stop_block, &streaming)) {
+        return false;
+    }
+    job.kernels = checked_kernels(isa);
+    job.shape = {rows, cols, row_block};
+    job.bitmap = pointer<const uint8_t>(bitmap);
+    job.offsets = pointer<const void>(offsets);
+    job.offsets_are_64 = offsets_are_64;
+    job.nnz = nnz;
+    job.out = pointer<uint8_t>(out);
+    job.start_block = start_block;
+    job.stop_block = stop_block;
+    job.streaming = streaming;
+    return job.kernels;
+}
+
+const ExponentKernels* exponent_kernels_at(int isa) {
+    const ExponentKernels* kernels = isa == 0 ? avx512_exponent_kernels() : isa == 1 ? avx2_exponent_kernels() : nullptr;
+    return kernels ? kernels : scalar_exponent_kernels();
+}
+
+PyObject* py_decode_exponent(PyObject*, PyObject* args) {
+    ExponentDecodeJob job{};
+    PyObject* mask;
+    int isa, threads, float16, record_offsets_are_64;
+    long long exponent_bytes;
+    unsigned long long record_offsets, records, sign_mantissa, mantissa_low;
+    if (!PyArg_ParseTuple(args, "O!iipKpKLKK", &PyTuple_Type, &mask, &job.levels.pairs, &job.levels.singles, &float16,
+                          &record_offsets, &record_offsets_are_64, &records, &exponent_bytes, &sign_mantissa,
+                          &mantissa_low) ||
+        !parse_mask(mask, job.mask, isa, threads)) {
+        return nullptr;
+    }
+    job.kernels = exponent_kernels_at(isa);
+    job.float16 = float16;
+    job.record_offsets = pointer<const void>(record_offsets);
+    job.record_offsets_are_64 = record_offsets_are_64;
+    job.records = pointer<const uint8_t>(records);
+    job.exponent_bytes = exponent_bytes;
+    job.sign_mantissa = pointer<const uint8_t>(sign_mantissa);
+    job.mantissa_low = pointer<const uint8_t>(mantissa_low);
+    int64_t failure;
+    Py_BEGIN_ALLOW_THREADS
+    failure = decode_exponent(job, threads);
+    Py_END_ALLOW_THREADS
+    return failure == kNoMemory ? PyErr_NoMemory() : PyLong_FromLongLong(failure);
+}
+
+// (threads, rows, cols, row block, values before each row block, values, whether they are float16)
+bool parse_exponent_job(PyObject* arguments, ExponentEncodeJob& job) {
+    long long rows, cols, row_block;
+    unsigned long long starts, values;
+    int float16;
+    if (!PyArg_ParseTuple(arguments, "iLLLKKp", &job.threads, &rows, &cols, &row_block, &starts, &values, &float16)) {
+        return false;
+    }
+    job.shape = {rows, cols, row_block};
+    job.starts = pointer<const int64_t>(starts);
+    job.values = pointer<const uint16_t>(values);
+    job.float16 = float16;
+    return true;
+}
+
+PyObject* py_exponent_split(PyObject*, PyObject* args) {
+    ExponentEncodeJob job{};
+    PyObject* common;
+    unsigned long long histograms, sign_mantissa, mantissa_low;
+    if (!PyArg_ParseTuple(args, "O!KKK", &PyTuple_Type, &common, &histograms, &sign_mantissa, &mantissa_low) ||
+        !parse_exponent_job(common, job)) {
+        return nullptr;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    exponent_histograms(job, pointer<int64_t>(histograms));
+    exponent_heads(job, pointer<uint8_t>(sign_mantissa), pointer<uint8_t>(mantissa_low));
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* py_exponent_records(PyObject*, PyObject* args) {
+    ExponentEncodeJob job{};
+    PyObject* common;
+    Levels levels;
+    unsigned long long tables, record_offsets, scratch, records;
+    if (!PyArg_ParseTuple(args, "O!iiKKKK", &PyTuple_Type, &common, &levels.pairs, &levels.singles, &tables,
+                          &record_offsets, &scratch, &records) ||
+        !parse_exponent_job(common, job)) {
+        return nullptr;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    exponent_records(job, levels, pointer<const uint8_t>(tables), pointer<const int64_t>(record_offsets),
+                     pointer<uint8_t>(scratch), pointer<uint8_t>(records));
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyObject* py_set_openmp(PyObject*, PyObject* args) {
     unsigned long long address;
     if (!PyArg_ParseTuple(args, "K", &address)) return nullptr;
@@ -114,6 +218,9 @@ PyMethodDef methods[] = {
     {"isas", py_isas, METH_NOARGS, "Instruction sets of this machine, fastest first, and their numbers."},
     {"decode", py_decode, METH_VARARGS, "Decode row blocks; -1, or 4 * row block + rule broken."},
     {"encode", py_encode, METH_VARARGS, "Write bitmap, int64 row offsets and values of a matrix; the number of values."},
+    {"decode_exponent", py_decode_exponent, METH_VARARGS, "As decode, for codec exponent under any mask."},
+    {"exponent_split", py_exponent_split, METH_VARARGS, "Histograms of exponents, and everything but exponents."},
+    {"exponent_records", py_exponent_records, METH_VARARGS, "Write all records of codec exponent."},
     {"set_openmp", py_set_openmp, METH_VARARGS, "Use the OpenMP runtime with this GOMP_parallel; 0: own threads."},
     {nullptr, nullptr, 0, nullptr},
 };
