@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 CHILD = """
-import json, sys, threading, time, endor
+import json, resource, sys, threading, endor
 def status(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
@@ -35,7 +35,9 @@ sampler.start()
 report = endor.convert(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
 done.set()
 sampler.join()
-print(json.dumps({**report.to_json(), "peak": status("VmHWM"), "peak_anonymous": peak}))
+used = resource.getrusage(resource.RUSAGE_SELF)
+cpu = used.ru_utime + used.ru_stime
+print(json.dumps({**report.to_json(), "peak": status("VmHWM"), "peak_anonymous": peak, "cpu": cpu}))
 """
 
 
@@ -101,7 +103,7 @@ def report(nbytes: int, results: list[dict[str, float]]) -> None:
     write."""
     for r in results:
         print(
-            f"{r['source_bytes'] / r['seconds'] / 1e6:7.0f} MB/s  {r['seconds']:6.2f} s  "
+            f"{r['source_bytes'] / r['seconds'] / 1e6:7.0f} MB/s  {r['seconds']:6.2f} s, {r['cpu']:.2f} s of CPU  "
             f"{r['bits_per_weight']:.2f} b/w  sparsity {r['sparsity']:.4f}  output "
             f"{r['output_bytes'] / 1e9:.2f} GB  "
             f"peak {r['peak'] / 2**20:.0f} MiB ({r['peak_anonymous'] / 2**20:.0f} MiB anonymous)"

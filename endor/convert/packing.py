@@ -15,13 +15,14 @@ from endor.errors import ConvertError
 from endor.formats.codecs import CODECS
 from endor.formats.packed import MASKS, PackedTensor
 from endor.formats.writer import plain
-from endor.kernels import decode, encode
+from endor.kernels import decode_rows
+from endor.kernels.smallest import encode_smallest
 from endor.pruning import CRITERIA, Criterion, Pattern, prune_
 
 __all__ = ["pack", "pack_verified", "prune_linear_"]
 
-PLAIN = ("dense", "raw")
-"""Mask and codec of a tensor that is stored as it is."""
+_VERIFY_BYTES = 1 << 20
+"""Dense bytes that are decoded and compared at a time; both fit in a second-level cache."""
 
 
 def prune_linear_(
@@ -60,31 +61,35 @@ def pack_verified(name: str, weight: torch.Tensor, *, values: str) -> PackedTens
     Raises ConvertError if decoding does not give the bits of `weight` back.
     """
     best = plain(weight)
-    for codec in CODECS.values():
-        wanted = codec.name == values or (values == "auto" and codec.lossless)
-        for mask in MASKS if wanted else ():
-            if codec.supports(weight.dtype, mask) and (mask, codec.name) != PLAIN:
-                packed = encode(weight, values=codec.name, mask=mask)
-                if packed.layout.nbytes < best.layout.nbytes:
-                    best = packed
+    if values == "auto" or any(CODECS[values].supports(weight.dtype, mask) for mask in MASKS):
+        packed = encode_smallest(weight, values=values)
+        if packed.layout.nbytes < best.layout.nbytes:
+            best = packed
     if not best.layout.is_plain and CODECS[best.layout.codec].lossless:
         _verify(name, weight, best)
     return best
 
 
 def _verify(name: str, weight: torch.Tensor, packed: PackedTensor) -> None:
-    expected, found = _words(weight), _words(decode(packed))
-    if not np.array_equal(found, expected):
-        wrong = int(np.count_nonzero(found.view(np.uint8) != expected.view(np.uint8)))
-        raise ConvertError(
-            f"{name}: decoding the packed weight gives {wrong} other bytes than were encoded (codec "
-            f"{packed.layout.codec}). Nothing was written for it; this is a defect of Endor or of this "
-            "machine's memory"
-        )
+    """Decode some rows at a time and compare their bits, so that both sides of the comparison are in cache."""
+    g = packed.layout.geometry
+    rows = weight.view(g.rows, g.cols)
+    row_bytes = max(1, g.cols * weight.element_size())
+    blocks = max(1, _VERIFY_BYTES // (row_bytes * g.row_block))
+    scratch = torch.empty(min(blocks * g.row_block, g.rows), g.cols, dtype=weight.dtype)
+    for start in range(0, g.row_blocks, blocks):
+        stop = min(start + blocks, g.row_blocks)
+        expected = rows[start * g.row_block : stop * g.row_block]
+        found = decode_rows(packed, start, stop, scratch[: expected.shape[0]])
+        if not np.array_equal(_words(found), _words(expected)):
+            raise ConvertError(
+                f"{name}: rows {start * g.row_block} and following do not come out of the packed weight (codec "
+                f"{packed.layout.codec}) as they went in. Nothing was written for it; this is a defect of Endor "
+                "or of this machine's memory"
+            )
 
 
 def _words(tensor: torch.Tensor) -> NDArray[Any]:
-    """The bytes of a contiguous tensor in the widest integers that fit: comparing those is 6x faster than
-    bytes."""
-    raw = tensor.view(-1).view(torch.uint8).numpy()
+    """The bytes of a contiguous tensor, in wide integers where they fit: those compare 6x faster."""
+    raw = tensor.reshape(-1).view(torch.uint8).numpy()
     return raw.view(np.uint64) if raw.nbytes % 8 == 0 else raw

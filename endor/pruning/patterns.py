@@ -123,12 +123,20 @@ def _keep_highest(scores: Scores, pruned: int) -> Mask:
     # numpy selects with AVX-512 where there is: 16-bit values at 10 GB/s, a histogram runs at 0.75.
     threshold = np.partition(scores, pruned - 1, axis=1)[:, pruned - 1 : pruned]
     keep: Mask = scores > threshold
-    below = np.count_nonzero(scores < threshold, axis=1)
-    equal = scores.shape[1] - below - np.count_nonzero(keep, axis=1)
-    for row in np.flatnonzero(below + equal > pruned):
-        ties = np.flatnonzero(scores[row] == threshold[row, 0])
-        keep[row, ties[pruned - below[row] :]] = True
+    below = _count_per_row(scores < threshold)
+    not_above = scores.shape[1] - _count_per_row(keep)
+    for row in np.flatnonzero(not_above > pruned):
+        equal = scores[row] == threshold[row, 0]
+        first_kept = np.flatnonzero(equal)[pruned - below[row]]
+        keep[row, first_kept:] |= equal[first_kept:]
     return keep
+
+
+def _count_per_row(mask: Mask) -> NDArray[np.intp]:
+    if mask.shape[0] == 1:  # counting without an axis is 10x faster
+        return np.array([np.count_nonzero(mask)])
+    counts: NDArray[np.intp] = np.count_nonzero(mask, axis=1)
+    return counts
 
 
 def parse_pattern(text: str, *, sparsity: float) -> Pattern:
