@@ -23,14 +23,17 @@ from endor.formats.packed import PackedTensor, TensorLayout, offsets_dtype
 from endor.kernels.backend import Backend
 from endor.kernels.native_exponent import decode_exponent, encode_exponent
 from endor.kernels.native_memory import aligned, size_log2
+from endor.kernels.native_quantized import decode_quantized
 from endor.kernels.openmp import parallel_address
+from endor.kernels.reference import ReferenceBackend
 
 __all__ = ["NativeBackend", "native_backends"]
 
 STREAMING_BYTES = 32 << 20
 """Outputs from this size on bypass the caches; a smaller one may still be there for the matmul that reads it
 (23 MB: 4 % slower with streaming stores, 34 MB: 13 % faster, on a 32 MB cache: docs/design/kernels.md)."""
-_CODECS = ("raw", "exponent")
+_CODECS = ("raw", "exponent", "int8", "int4")
+_REFERENCE = ReferenceBackend()
 _INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
 _RULES = (
     "row_offsets decrease, leave the values, or do not run from 0 to nnz",
@@ -52,6 +55,8 @@ class NativeBackend(Backend):
         return codec in _CODECS and device.type == "cpu"
 
     def encode(self, weight: Tensor, codec: str, *, mask: str = "bitmap") -> PackedTensor:
+        if codec in {"int8", "int4"}:
+            return _REFERENCE.encode(weight, codec, mask=mask)
         weight = aligned(weight)
         g = Geometry.of(tuple(weight.shape))
         kept = self._keep(weight, g) if mask == "bitmap" else _keep_all(weight, g)
@@ -98,7 +103,8 @@ class NativeBackend(Backend):
         else:
             offsets = aligned(packed.sections["row_offsets"]) if packed.layout.mask == "bitmap" else None
             mask = self._mask(packed, offsets, start_block, stop_block, out)
-            failure = decode_exponent(self._extension, mask, packed)
+            decode = decode_exponent if codec == "exponent" else decode_quantized
+            failure = decode(self._extension, mask, packed)
         if failure >= 0:
             raise FormatError(f"row block {failure // 4}: {_RULES[failure % 4]}")
 

@@ -9,6 +9,7 @@
 #include "bitmap.h"
 #include "exponent.h"
 #include "parallel.h"
+#include "quantized.h"
 #include "row_blocks.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -207,6 +208,37 @@ PyObject* py_exponent_records(PyObject*, PyObject* args) {
     Py_RETURN_NONE;
 }
 
+const QuantizedKernels* quantized_kernels_at(int isa) {
+    const QuantizedKernels* kernels =
+        isa == 0 ? avx512_quantized_kernels() : isa == 1 ? avx2_quantized_kernels() : nullptr;
+    return kernels ? kernels : scalar_quantized_kernels();
+}
+
+PyObject* py_decode_quantized(PyObject*, PyObject* args) {
+    QuantizedDecodeJob job{};
+    PyObject* mask;
+    int isa, threads, int4, type;
+    long long group_columns;
+    unsigned long long codes, codebook, scales;
+    if (!PyArg_ParseTuple(args, "O!piLKKK", &PyTuple_Type, &mask, &int4, &type, &group_columns, &codes, &codebook,
+                          &scales) ||
+        !parse_mask(mask, job.mask, isa, threads)) {
+        return nullptr;
+    }
+    job.kernels = quantized_kernels_at(isa);
+    job.int4 = int4;
+    job.type = static_cast<FloatType>(type);
+    job.codes = pointer<const uint8_t>(codes);
+    job.codebook = pointer<const int8_t>(codebook);
+    job.scales = pointer<const uint16_t>(scales);
+    job.group_columns = group_columns;
+    int64_t failure;
+    Py_BEGIN_ALLOW_THREADS
+    failure = decode_quantized(job, threads);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(failure);
+}
+
 PyObject* py_set_openmp(PyObject*, PyObject* args) {
     unsigned long long address;
     if (!PyArg_ParseTuple(args, "K", &address)) return nullptr;
@@ -221,6 +253,7 @@ PyMethodDef methods[] = {
     {"decode_exponent", py_decode_exponent, METH_VARARGS, "As decode, for codec exponent under any mask."},
     {"exponent_split", py_exponent_split, METH_VARARGS, "Histograms of exponents, and everything but exponents."},
     {"exponent_records", py_exponent_records, METH_VARARGS, "Write all records of codec exponent."},
+    {"decode_quantized", py_decode_quantized, METH_VARARGS, "As decode, for codecs int8 and int4 under any mask."},
     {"set_openmp", py_set_openmp, METH_VARARGS, "Use the OpenMP runtime with this GOMP_parallel; 0: own threads."},
     {nullptr, nullptr, 0, nullptr},
 };
