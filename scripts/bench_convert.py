@@ -103,7 +103,8 @@ def report(nbytes: int, results: list[dict[str, float]]) -> None:
     write."""
     for r in results:
         print(
-            f"{r['source_bytes'] / r['seconds'] / 1e6:7.0f} MB/s  {r['seconds']:6.2f} s, {r['cpu']:.2f} s of CPU  "
+            f"{r['source_bytes'] / r['seconds'] / 1e6:7.0f} MB/s  {r['seconds']:6.2f} s, {r['cpu']:.2f} s "
+            "of CPU  "
             f"{r['bits_per_weight']:.2f} b/w  sparsity {r['sparsity']:.4f}  output "
             f"{r['output_bytes'] / 1e9:.2f} GB  "
             f"peak {r['peak'] / 2**20:.0f} MiB ({r['peak_anonymous'] / 2**20:.0f} MiB anonymous)"

@@ -49,10 +49,10 @@ def _sparsity(ctx: click.Context, param: click.Parameter, value: float | None) -
 )
 @click.option(
     "--values",
-    type=click.Choice(["auto", "raw"]),
+    type=click.Choice(["auto", "raw", "exponent", "int8", "int4"]),
     default="auto",
     show_default=True,
-    help="How kept values are stored; auto takes the smallest lossless way per tensor.",
+    help="How kept values are stored: auto is the smallest lossless way per tensor; int8 and int4 lose.",
 )
 @click.option(
     "--calibration",

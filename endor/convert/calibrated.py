@@ -16,6 +16,7 @@ import torch
 
 from endor.convert.activations import ActivationStore
 from endor.convert.blockwise import BlockwiseModel
+from endor.convert.memory import give_back_freed
 from endor.convert.modeltree import runnable_copy
 from endor.convert.options import ConvertOptions
 from endor.convert.output import ACTIVATIONS_NAME
@@ -153,6 +154,7 @@ class CalibratedBlocks:
                     self._begin(block.name, self._read(block))
                 with self._model.installed(_read_back(block, header, path)):
                     self._advance(block.name)
+                give_back_freed()
 
     def _read(self, block: BlockPlan) -> dict[str, torch.Tensor]:
         return {tensor.name: tensor.recipe.make(self._checkpoint.read) for tensor in block.tensors}
@@ -174,6 +176,7 @@ class CalibratedBlocks:
             self._prune_one(tensor, tensors[tensor.name], seen.norms(tensor.name))
         with self._model.installed(tensors):
             self._advance(block.name)
+        give_back_freed()
 
     def _advance(self, block: str) -> None:
         if block != self._last:

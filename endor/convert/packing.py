@@ -71,7 +71,8 @@ def pack_verified(name: str, weight: torch.Tensor, *, values: str) -> PackedTens
 
 
 def _verify(name: str, weight: torch.Tensor, packed: PackedTensor) -> None:
-    """Decode some rows at a time and compare their bits, so that both sides of the comparison are in cache."""
+    """Decode some rows at a time and compare their bits, so that both sides of the comparison are in
+    cache."""
     g = packed.layout.geometry
     rows = weight.view(g.rows, g.cols)
     row_bytes = max(1, g.cols * weight.element_size())
@@ -83,9 +84,9 @@ def _verify(name: str, weight: torch.Tensor, packed: PackedTensor) -> None:
         found = decode_rows(packed, start, stop, scratch[: expected.shape[0]])
         if not np.array_equal(_words(found), _words(expected)):
             raise ConvertError(
-                f"{name}: rows {start * g.row_block} and following do not come out of the packed weight (codec "
-                f"{packed.layout.codec}) as they went in. Nothing was written for it; this is a defect of Endor "
-                "or of this machine's memory"
+                f"{name}: rows {start * g.row_block} and following do not come out of the packed weight "
+                f"(codec {packed.layout.codec}) as they went in. Nothing was written for it; this is a "
+                "defect of Endor or of this machine's memory"
             )
 
 
