@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Self
 
 import torch
@@ -24,6 +25,9 @@ class Checkpoint(CheckpointReader):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries or name in self.aliases

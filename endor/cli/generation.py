@@ -89,6 +89,11 @@ class Session:
             dtype=options.dtype,
         )
         self.runtime = runtime_of(self.model)
+        if not self.model.can_generate():
+            self.runtime.close()
+            raise PlanError(
+                f"{directory}: a {type(self.model).__name__} makes no text; use endor.load from Python"
+            )
         self.tokenizer = self._load_tokenizer(directory)
         say(f"loaded in {perf_counter() - began:.1f} s: {_describe(self.runtime)}", quiet=quiet)
 
@@ -144,7 +149,9 @@ class Session:
         with torch.inference_mode():
             out = self.model.generate(ids, streamer=streamer, **self._generation_options(ids))
         seconds = perf_counter() - began
-        new = tuple(out[0, ids.shape[1] :].tolist())
+        # An encoder-decoder gives only what the decoder made, behind its start token.
+        prompt = 1 if self.model.config.is_encoder_decoder else ids.shape[1]
+        new = tuple(out[0, prompt:].tolist())
         self.runtime.sample_memory()
         return Generation(
             text=self.tokenizer.decode(new, skip_special_tokens=True),
@@ -183,7 +190,8 @@ class _Echo(transformers.TextStreamer):
 
 def _describe(runtime: Runtime) -> str:
     tiers = runtime.placement.counts()
-    text = f"{tiers['host']} blocks in memory, {tiers['disk']} streamed"
+    dense = format_size(runtime.dense_bytes)
+    text = f"{tiers['host']} blocks in memory, {tiers['disk']} streamed, {dense} dense (embeddings, norms)"
     if runtime.streamed_bytes:
         per_token, buffers = format_size(runtime.streamed_bytes), format_size(runtime.ring_bytes)
         text += f" ({per_token} per token, {buffers} of buffers)"

@@ -78,7 +78,8 @@ def _time(generation: Generation) -> list[tuple[str, str, str]]:
 
 
 def _memory(generation: Generation, runtime: Runtime) -> list[tuple[str, str, str]]:
-    parts = f"ring {format_size(runtime.ring_bytes)}, resident {format_size(runtime.resident_bytes)}"
+    sizes = {"ring": runtime.ring_bytes, "resident": runtime.resident_bytes, "dense": runtime.dense_bytes}
+    parts = ", ".join(f"{name} {format_size(n)}" for name, n in sizes.items())
     return [
         (
             "peak memory",

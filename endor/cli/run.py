@@ -52,7 +52,11 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
     help="Sample from the likeliest tokens that have this probability together.",
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of sampling, where the temperature is above 0."
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of sampling, where the temperature is above 0.",
 )
 @click.option(
     "--device",

@@ -160,7 +160,7 @@ class EndorQuantizer(HfQuantizer):
         return linear and not self.quantization_config.dequantize
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        from endor.integrations.scratch import ThreadScratch
+        from endor.kernels.scratch import ThreadScratch
 
         if left := sorted(self._packed.keys() - self._loaded):
             raise LoadError(

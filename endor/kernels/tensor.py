@@ -22,6 +22,12 @@ from endor.kernels.smallest import encode_smallest
 __all__ = ["BitmapTensor", "Scratch", "decode", "encode"]
 
 _aten = torch.ops.aten
+_READ_STORAGE = frozenset(
+    {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__}
+)
+"""What reads a tensor's memory itself; a wrapper has none there."""
+_SHARE_STORAGE = frozenset({torch.Tensor.share_memory_})
+"""What hands a tensor's memory to others."""
 
 
 class Scratch(Protocol):
@@ -188,6 +194,13 @@ class BitmapTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func is F.linear and len(args) >= 2 and isinstance(args[1], BitmapTensor):
             return _linear(args[0], args[1], *args[2:], **kwargs)
+        if func in _READ_STORAGE:
+            return func(_dense(args[0]), *args[1:], **kwargs)
+        if func in _SHARE_STORAGE:
+            raise KernelError(
+                f"{getattr(func, '__name__', func)}: a BitmapTensor has no storage of its own to share; "
+                "share the checkpoint, or the tensor that endor.decode gives"
+            )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -205,7 +218,7 @@ class BitmapTensor(torch.Tensor):
             return args[0]._like(args[0]._packed, dtype=args[0].dtype)
         if overload is _aten._to_copy and isinstance(args[0], BitmapTensor):
             return _to_copy(args[0], kwargs)
-        if func._schema.is_mutable:
+        if any(isinstance(written, BitmapTensor) for written in _written(func, args, kwargs)):
             raise KernelError(
                 f"{func} would write to a BitmapTensor, which is read-only; use endor.decode first"
             )
@@ -230,6 +243,16 @@ def _to_copy(tensor: BitmapTensor, kwargs: Mapping[str, Any]) -> BitmapTensor:
     if packed is not None and device is not None:
         packed = packed.to(torch.device(device), non_blocking=bool(kwargs.get("non_blocking")))
     return tensor._like(packed, dtype=dtype)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that the operation writes to, by its schema."""
+    written = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            written += list(value) if isinstance(value, (list, tuple)) else [value]
+    return written
 
 
 def _dense(value: Any) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +11,38 @@ from torch import nn
 
 from endor.checkpoint import Checkpoint
 from endor.errors import PlanError
-from endor.formats.header import TensorEntry
-from endor.formats.reader import BlockRange
-from endor.kernels.tensor import BitmapTensor
+from endor.formats import CheckpointReader
 from endor.loaders import PosixReader, available_bytes
+from endor.runtime.install import dense_bytes, install_weights, is_direct, stored_dtype
 from endor.runtime.placement import Placement, plan_placement
 from endor.runtime.scratch import DecodeScratch
-from endor.runtime.skeleton import build_skeleton, check_complete, find_module, install
+from endor.runtime.skeleton import build_skeleton, check_complete
 from endor.runtime.stats import StatsRecorder
 from endor.runtime.streaming import Runtime, WeightBlock
 
 __all__ = ["load", "runtime_of"]
 
 _HOST_SHARE = 0.7
-"""Share of the available memory that resident blocks may take by default; the rest is for activations and
-others."""
+"""Share of the free memory that resident blocks take by default; the rest is for activations and others."""
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": None}
 
 
 def load(
     directory: str | os.PathLike[str],
     *,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     host_memory: int | None = None,
     reader: str = "auto",
     depth: int = 2,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Any:
     """Load a converted model so that it runs with only a part of it in memory.
 
     Args:
         directory: an Endor checkpoint, as `endor.convert` writes it.
         device: where to compute: `auto` or `cpu`.
-        host_memory: bytes of compressed blocks that may stay in memory; 0 streams every block from disk, None
-            keeps as
-            many as fit in 70 % of the memory available now.
+        host_memory: bytes of compressed blocks that may stay in memory; 0 streams every block from disk,
+            None keeps as many as fit in 70 % of the memory that is free now.
         reader: how blocks are read from disk: `auto` or `posix`.
         depth: blocks that are read ahead of the one that runs; 0 reads each when it is needed.
         dtype: to compute in; the model's own by default.
@@ -54,28 +50,29 @@ def load(
     Returns:
         The transformers model; `model.generate` works, `model.endor_stats()` gives totals, and
         `endor.runtime.runtime_of(model)` the runtime with everything else. Streaming ends when the model is
-        collected, or at `runtime_of(model).close()`.
+        collected, or at `runtime_of(model).close()`. Threads that call the model take turns.
 
     Raises:
         LoadError: a file is missing or unreadable, or transformers does not know the model.
         FormatError: a file is damaged, or does not fit the model.
         PlanError: a budget or option cannot be met.
     """
-    _check_options(device=device, reader=reader, depth=depth)
+    wanted = _check_options(device=device, reader=reader, depth=depth, host_memory=host_memory, dtype=dtype)
     stats = StatsRecorder()
-    with Checkpoint(directory) as checkpoint:
-        stored = _stored_dtype(checkpoint)
-        model = build_skeleton(checkpoint.directory, dtype=dtype, stored=stored)
-        blocks = list(_install_weights(model, checkpoint, dtype))
+    with torch.device("cpu"), Checkpoint(directory) as checkpoint:
+        model = build_skeleton(checkpoint.directory, dtype=wanted, stored=stored_dtype(checkpoint))
+        _check_room(checkpoint)
+        blocks = list(install_weights(model, checkpoint))
         check_complete(model, Path(directory))
     sizes = [block.home.nbytes for block in blocks]
-    budget = default_host_bytes() if host_memory is None else host_memory
+    budget = _default_host_bytes() if host_memory is None else host_memory
     placement = plan_placement([block.name for block in blocks], sizes, host_bytes=budget)
     weights = [w for block in blocks for group in block.weights.values() for w in group]
-    scratch = DecodeScratch([(w.packed_layout, w.dtype) for w in weights if not _is_direct(w)], stats)
+    scratch = DecodeScratch([(w.packed_layout, w.dtype) for w in weights if not is_direct(w)], stats)
     for weight in weights:
         weight.use_scratch(scratch)
-    _start(model, blocks, placement, depth=depth, reader=PosixReader(), scratch=scratch, stats=stats)
+    parts = {"reader": PosixReader(), "scratch": scratch, "stats": stats}
+    _start(model, blocks, placement, depth=depth, dense_bytes=dense_bytes(model), **parts)
     return model
 
 
@@ -87,18 +84,37 @@ def runtime_of(model: nn.Module) -> Runtime:
     return runtime
 
 
-def default_host_bytes() -> int:
-    """Bytes of resident blocks that `host_memory=None` allows now."""
+def _default_host_bytes() -> int:
     return int(_HOST_SHARE * (available_bytes() or 0))
 
 
-def _check_options(*, device: str, reader: str, depth: int) -> None:
-    if device not in ("auto", "cpu"):
-        raise PlanError(f"device {device!r} is not supported; use auto or cpu")
+def _check_options(
+    *, device: object, reader: object, depth: object, host_memory: object, dtype: object
+) -> torch.dtype | None:
+    """Refuse what cannot be, in words; gives the dtype to compute in."""
+    if str(device) not in ("auto", "cpu"):
+        raise PlanError(f"device {str(device)!r} is not supported; use auto or cpu")
     if reader not in ("auto", "posix"):
         raise PlanError(f"reader {reader!r} is unknown; use auto or posix")
-    if depth < 0:
-        raise PlanError(f"depth must be 0 or more, found {depth}")
+    if not isinstance(depth, int) or depth < 0:
+        raise PlanError(f"depth must be a whole number from 0, found {depth!r}")
+    if host_memory is not None and not isinstance(host_memory, int):
+        raise PlanError(f"host_memory must be a number of bytes or None, found {host_memory!r}")
+    if isinstance(dtype, str):
+        dtype = _DTYPES.get(dtype, dtype)
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise PlanError(f"dtype must be one of {', '.join(_DTYPES)}, found {dtype!r}")
+    assert dtype is None or isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _check_room(checkpoint: CheckpointReader) -> None:
+    """Refuse a checkpoint whose largest block is more than all memory, before anything is read."""
+    free = available_bytes()
+    largest = max((home.nbytes for home in checkpoint.blocks), default=0)
+    if free is not None and largest > free:
+        name = max(checkpoint.blocks, key=lambda home: home.nbytes).block.name
+        raise PlanError(f"block {name!r} alone needs {largest} bytes of memory, {free} are free")
 
 
 def _start(model: nn.Module, blocks: list[WeightBlock], placement: Placement, **parts: Any) -> None:
@@ -109,71 +125,3 @@ def _start(model: nn.Module, blocks: list[WeightBlock], placement: Placement, **
         parts["reader"].close()
         parts["scratch"].close()
         raise
-
-
-def _install_weights(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None
-) -> Iterator[WeightBlock]:
-    """Put every tensor of the checkpoint into the model; yields the blocks whose weights are packed."""
-    for home in checkpoint.blocks:
-        module = find_module(model, home.block.name)
-        weights: dict[str, tuple[BitmapTensor, ...]] = {}
-        for entry in home.block.entries:
-            if module is not None and _is_streamable(model, entry, home):
-                weights[entry.name] = (_install_packed(model, entry, dtype),)
-            else:
-                _install_dense(model, entry, checkpoint, dtype)
-        if weights:
-            assert module is not None
-            yield WeightBlock(module, home, weights)
-
-
-def _is_streamable(model: nn.Module, entry: TensorEntry, home: BlockRange) -> bool:
-    """Whether only one Linear inside the block's module uses the weight, so that it is needed there and then
-    only."""
-    if entry.aliases or not entry.name.startswith(home.block.name + "."):
-        return False
-    parent, _, leaf = entry.name.rpartition(".")
-    return leaf == "weight" and isinstance(find_module(model, parent), nn.Linear)
-
-
-def _shown_dtype(stored: torch.dtype, model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype a stored tensor has in the model: weights are floating point and follow it, other tensors do
-    not."""
-    if not stored.is_floating_point:
-        return stored
-    if dtype is not None:
-        return dtype
-    own = getattr(model, "dtype", None)
-    return own if isinstance(own, torch.dtype) else stored
-
-
-def _install_packed(model: nn.Module, entry: TensorEntry, dtype: torch.dtype | None) -> BitmapTensor:
-    shown = _shown_dtype(entry.layout.dtype, model, dtype)
-    parameter = nn.Parameter(BitmapTensor(entry.layout, dtype=shown), requires_grad=False)
-    install(model, entry.name, parameter)
-    assert isinstance(parameter, BitmapTensor)
-    return parameter
-
-
-def _install_dense(
-    model: nn.Module, entry: TensorEntry, checkpoint: Checkpoint, dtype: torch.dtype | None
-) -> None:
-    dense = checkpoint.read_dense(entry.name)
-    shared = nn.Parameter(dense.to(_shown_dtype(dense.dtype, model, dtype)), requires_grad=False)
-    for name in (entry.name, *entry.aliases):
-        install(model, name, shared)
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of most floating-point weights."""
-    sizes: Counter[torch.dtype] = Counter()
-    for entry in checkpoint.entries.values():
-        if entry.layout.dtype.is_floating_point:
-            sizes[entry.layout.dtype] += entry.layout.geometry.numel
-    return sizes.most_common(1)[0][0] if sizes else torch.float32
-
-
-def _is_direct(weight: BitmapTensor) -> bool:
-    """Whether a matmul reads the sections as they are, without decoding."""
-    return weight.packed_layout.is_plain and weight.packed_layout.dtype == weight.dtype

@@ -1,4 +1,4 @@
-"""One buffer that every decode of a model writes to, as large as its largest weight."""
+"""The runtime's decode scratch: a buffer on huge pages, as large as the model's largest weight."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Iterable
 import torch
 
 from endor.formats.packed import PackedTensor, TensorLayout
-from endor.kernels.dispatch import decode
+from endor.kernels.scratch import ThreadScratch
 from endor.loaders import StagingPool
 from endor.runtime.stats import StatsRecorder
 
 __all__ = ["DecodeScratch"]
 
 
-class DecodeScratch:
-    """Decodes into memory that is reused: what it returned is overwritten by its next call.
+class DecodeScratch(ThreadScratch):
+    """Decodes into memory that is reused: what it returned is overwritten by the same thread's next call.
+
+    The thread that makes it gets its buffers at once, since they are part of the memory that is planned;
+    another thread that runs the model gets its own when it needs them.
 
     Args:
         weights: layouts of all weights that will be decoded, with the dtype each is wanted in.
@@ -23,35 +26,34 @@ class DecodeScratch:
     """
 
     def __init__(self, weights: Iterable[tuple[TensorLayout, torch.dtype]], stats: StatsRecorder) -> None:
+        super().__init__()
         self._stats = stats
-        stored = cast = 0
+        self._pools: list[StagingPool] = []
+        wanted = {"stored": 0, "cast": 0}
         for layout, dtype in weights:
-            stored = max(stored, layout.dense_bytes)
+            wanted["stored"] = max(wanted["stored"], layout.dense_bytes)
             if dtype != layout.dtype:
-                cast = max(cast, layout.geometry.numel * dtype.itemsize)
-        self._pools = [StagingPool(n) for n in (stored, cast) if n]
-        self._buffers = [pool.allocate(pool.capacity_bytes).tensor() for pool in self._pools]
+                wanted["cast"] = max(wanted["cast"], layout.geometry.numel * dtype.itemsize)
+        for use, nbytes in wanted.items():
+            if nbytes:
+                self._reserve(use, nbytes)
 
     @property
     def nbytes(self) -> int:
         return sum(pool.capacity_bytes for pool in self._pools)
 
     def decode(self, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
-        """The dense tensor in `dtype`, valid until the next call. Raises FormatError for damaged contents."""
-        layout = packed.layout
+        """The dense tensor in `dtype`, valid until the thread's next call. Raises FormatError for damage."""
         with self._stats.decoding():
-            dense = decode(packed, out=_shaped(self._buffers[0], layout, layout.dtype))
-            if dtype == layout.dtype:
-                return dense
-            return _shaped(self._buffers[1], layout, dtype).copy_(dense)
+            return super().decode(packed, dtype)
 
     def close(self) -> None:
         """Give the memory back."""
-        self._buffers.clear()
-        for pool in self._pools:
-            pool.close()
+        vars(self._buffers).clear()
+        while self._pools:
+            self._pools.pop().close()
 
-
-def _shaped(buffer: torch.Tensor, layout: TensorLayout, dtype: torch.dtype) -> torch.Tensor:
-    nbytes = layout.geometry.numel * dtype.itemsize
-    return buffer[:nbytes].view(dtype).view(layout.shape)
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        pool = StagingPool(nbytes)
+        self._pools.append(pool)
+        return pool.allocate(pool.capacity_bytes).tensor()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from endor.errors import EndorError
+from endor.errors import EndorError, PlanError
 from endor.formats.checksums import verify_block
 from endor.formats.packed import PackedTensor
 from endor.formats.reader import BlockRange
@@ -27,6 +27,7 @@ from endor.loaders import Lease, LoadPlan, Prefetcher, Reader, ReadOp, StagingPo
 from endor.runtime.placement import Placement
 from endor.runtime.scratch import DecodeScratch
 from endor.runtime.stats import RunStats, StatsRecorder
+from endor.runtime.turns import ThreadTurn
 
 __all__ = ["Runtime", "WeightBlock"]
 
@@ -72,6 +73,9 @@ class WeightBlock:
         return Unit(self.name, (ReadOp(self.home.file, self.home.offset, self.home.nbytes),))
 
 
+_MODEL_ATTRIBUTES = ("endor_runtime", "endor_stats", "save_pretrained")
+
+
 class Runtime:
     """Keeps a model's compressed blocks where the placement says and brings the streamed ones in time.
 
@@ -86,6 +90,7 @@ class Runtime:
         reader: reads byte ranges; closed with the runtime.
         scratch: what weights are decoded into.
         stats: where everything is counted.
+        dense_bytes: memory of the model's other, dense parameters, for reports.
     """
 
     def __init__(
@@ -98,22 +103,30 @@ class Runtime:
         reader: Reader,
         scratch: DecodeScratch,
         stats: StatsRecorder,
+        dense_bytes: int = 0,
     ) -> None:
         self.placement = placement
+        self.dense_bytes = dense_bytes
         self.reader = reader
         self._blocks = tuple(blocks)
         self._scratch = scratch
         self._stats = stats
         self._verified: set[int] = set()
         self._leases: list[tuple[WeightBlock, Lease]] = []
+        self._turn = ThreadTurn()
+        self._inside: list[WeightBlock] = []
         self._handles: list[RemovableHandle] = []
         self._resident = self._load_resident()
-        self._prefetcher = self._start_prefetcher(depth)
-        self._hook(model)
-        stats.sample_memory()
+        try:
+            self._prefetcher = self._start_prefetcher(depth)
+        except BaseException:
+            _close_parts([self._resident] if self._resident else [])
+            raise
         self._finalizer = weakref.finalize(model, _close_parts, self._parts())
         self._model = weakref.ref(model)
-        vars(model).update(endor_runtime=self, endor_stats=self.stats)
+        self._hook(model)
+        vars(model).update(endor_runtime=self, endor_stats=self.stats, save_pretrained=_refuse_to_save)
+        stats.sample_memory()
 
     @property
     def ring_bytes(self) -> int:
@@ -166,7 +179,7 @@ class Runtime:
             handle.remove()
         self._handles.clear()
         model = self._model()
-        for name in ("endor_runtime", "endor_stats"):
+        for name in _MODEL_ATTRIBUTES:
             if model is not None and name in vars(model):
                 del vars(model)[name]
         self._release_leases()
@@ -205,7 +218,9 @@ class Runtime:
     def _start_prefetcher(self, depth: int) -> Prefetcher | None:
         if not self.placement.disk:
             return None
-        plan = LoadPlan(tuple(self._blocks[i].unit() for i in self.placement.disk), depth)
+        # Reading further ahead than once around would hold blocks twice.
+        units = tuple(self._blocks[i].unit() for i in self.placement.disk)
+        plan = LoadPlan(units, min(depth, len(units)))
         return Prefetcher(plan, self.reader, on_read=self._verify)
 
     def _verify(self, unit_index: int, memory: memoryview) -> None:
@@ -217,21 +232,21 @@ class Runtime:
         self._verified.add(unit_index)
 
     def _hook(self, model: nn.Module) -> None:
-        this = weakref.proxy(self)
         unit_of = {index: unit for unit, index in enumerate(self.placement.disk)}
         for index, block in enumerate(self._blocks):
-            before = (
-                _streamed_hook(this, block, unit_of[index])
-                if index in unit_of
-                else _resident_hook(this, block)
-            )
-            self._handles.append(block.module.register_forward_pre_hook(before))
             if index in unit_of:
-                self._handles.append(
-                    block.module.register_forward_hook(_release_hook(this, block), always_call=True)
-                )
-        self._handles.append(model.register_forward_pre_hook(lambda *_: this._begin_forward(), prepend=True))
-        self._handles.append(model.register_forward_hook(lambda *_: this._end_forward(), always_call=True))
+                self._before(block.module, _Hook(self, Runtime._acquire, block, unit_of[index]))
+                self._after(block.module, _Hook(self, Runtime._release, block))
+            else:
+                self._before(block.module, _Hook(self, Runtime._use_resident, block))
+        self._before(model, _Hook(self, Runtime._begin_forward))
+        self._after(model, _Hook(self, Runtime._end_forward))
+
+    def _before(self, module: nn.Module, hook: _Hook) -> None:
+        self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
+
+    def _after(self, module: nn.Module, hook: _Hook) -> None:
+        self._handles.append(module.register_forward_hook(hook, always_call=True))
 
     def _parts(self) -> list[Any]:
         return [
@@ -243,6 +258,8 @@ class Runtime:
     # While the model runs.
 
     def _begin_forward(self) -> None:
+        self._turn.begin()
+        self._inside.clear()
         self._release_leases()  # of a forward that Ctrl-C ended: torch runs no hooks for it
         self._stats.begin_forward()
 
@@ -250,9 +267,12 @@ class Runtime:
         if self._prefetcher:
             self._stats.read_s = self._prefetcher.stats().read_s
         self._stats.end_forward()
+        self._turn.leave()
 
     def _acquire(self, block: WeightBlock, unit_index: int) -> None:
         assert self._prefetcher is not None
+        self._turn.enter()
+        self._inside.append(block)
         lease = self._prefetcher.acquire(unit_index)
         self._leases.append((block, lease))
         self._stats.stall_s += lease.stall_s
@@ -267,6 +287,9 @@ class Runtime:
             self._leases.remove(held)
             block.detach()
             held[1].release()
+        if block in self._inside:
+            self._inside.remove(block)
+            self._turn.leave()
 
     def _release_leases(self) -> None:
         while self._leases:
@@ -275,16 +298,36 @@ class Runtime:
             lease.release()
 
 
-def _streamed_hook(runtime: Runtime, block: WeightBlock, unit_index: int) -> Callable[..., None]:
-    return lambda *_: runtime._acquire(block, unit_index)
+def _refuse_to_save(*_: object, **__: object) -> None:
+    """Stands for `save_pretrained`, which would begin by overwriting the config of what it cannot save."""
+    raise PlanError(
+        "a streamed model cannot be saved: its weights are in its Endor checkpoint, which can be copied as "
+        "it is; endor.open(...).read_dense(name) gives them dense"
+    )
 
 
-def _resident_hook(runtime: Runtime, block: WeightBlock) -> Callable[..., None]:
-    return lambda *_: runtime._use_resident(block)
+class _Hook:
+    """Calls a method of the runtime, which it does not keep alive, when torch calls it.
 
+    What that does cannot be traced: torch.compile breaks its graph there.
+    """
 
-def _release_hook(runtime: Runtime, block: WeightBlock) -> Callable[..., None]:
-    return lambda *_: runtime._release(block)
+    def __init__(self, runtime: Runtime, method: Callable[..., None], *arguments: object) -> None:
+        self._runtime = weakref.ref(runtime)
+        self._method = method
+        self._arguments = arguments
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *_: object) -> None:
+        runtime = self._runtime()
+        if runtime is not None:
+            self._method(runtime, *self._arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        raise PlanError("a streamed model cannot be copied; load its checkpoint a second time")
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise PlanError("a streamed model cannot be pickled; load its checkpoint where you need it")
 
 
 def _close_parts(parts: list[Any]) -> None:

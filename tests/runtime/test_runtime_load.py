@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 import warnings
 from pathlib import Path
@@ -288,3 +290,108 @@ def test_a_config_without_dtype_means_the_stored_one(damaged: Path) -> None:
     (damaged / "config.json").write_text(config.replace('"dtype": "bfloat16", ', ""))
     assert '"dtype"' not in (damaged / "config.json").read_text()
     assert endor.load(damaged, host_memory=0).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("host_memory", [0, None], ids=["disk", "host"])
+def test_threads_that_share_a_model_take_turns(models: tuple[Path, Any], host_memory: int | None) -> None:
+    directory, dense = models
+    model = endor.load(directory, host_memory=host_memory, depth=1)
+    prompts = [(IDS + shift) % 300 for shift in range(3)]
+    with torch.inference_mode():
+        expected = [dense(ids).logits for ids in prompts]
+    wrong: list[object] = []
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(8):
+                with torch.inference_mode():
+                    if not torch.equal(model(prompts[index]).logits, expected[index]):
+                        wrong.append(index)
+        except endor_errors as error:
+            wrong.append(error)
+
+    endor_errors = (RuntimeError, ValueError, OSError)
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+
+
+def test_an_interrupted_thread_that_has_ended_does_not_keep_its_turn(models: tuple[Path, Any]) -> None:
+    directory, dense = models
+    model = endor.load(directory, host_memory=0)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            logits(model)
+
+    handle = model.model.layers[1].mlp.register_forward_hook(interrupt)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    handle.remove()
+    assert torch.equal(logits(model), logits(dense))
+
+
+def test_saving_is_refused_before_anything_is_written(checkpoint: Path, tmp_path: Path) -> None:
+    before = (checkpoint / "config.json").read_bytes()
+    model = endor.load(checkpoint, host_memory=0)
+    for target in (checkpoint, tmp_path / "new"):
+        with pytest.raises(PlanError, match="cannot be saved"):
+            model.save_pretrained(target)
+    assert (checkpoint / "config.json").read_bytes() == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_copying_and_pickling_are_refused_in_words(checkpoint: Path) -> None:
+    model = endor.load(checkpoint, host_memory=0)
+    with pytest.raises(PlanError, match="cannot be copied"):
+        copy.deepcopy(model)
+    with pytest.raises(PlanError, match="cannot be pickled"):
+        pickle.dumps(model)
+
+
+def test_a_model_that_changes_its_dtype_goes_on(models: tuple[Path, Any]) -> None:
+    directory, dense = models
+    model = endor.load(directory, host_memory=None).float()
+    wide = copy.deepcopy(dense).float()
+    assert torch.equal(logits(model), logits(wide))
+
+
+def test_a_depth_beyond_the_blocks_costs_no_more_memory(checkpoint: Path) -> None:
+    rings = [runtime_of(endor.load(checkpoint, host_memory=0, depth=depth)).ring_bytes for depth in (6, 500)]
+    assert rings[0] == rings[1]
+
+
+def test_a_compiled_model_gives_the_same_logits(models: tuple[Path, Any]) -> None:
+    directory, dense = models
+    model = endor.load(directory, host_memory=0)
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(logits(compiled), logits(dense))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"host_memory": "8GiB"}, "number of bytes"),
+        ({"depth": "2"}, "whole number"),
+        ({"dtype": "float7"}, "bfloat16, float16, float32"),
+        ({"dtype": torch.int8}, "bfloat16, float16, float32"),
+    ],
+    ids=str,
+)
+def test_arguments_of_the_wrong_kind_are_refused_in_words(
+    checkpoint: Path, option: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        endor.load(checkpoint, **option)
+
+
+def test_names_of_dtypes_and_devices_are_understood(checkpoint: Path) -> None:
+    model = endor.load(checkpoint, host_memory=0, dtype="float32", device=torch.device("cpu"))
+    assert model.dtype == torch.float32

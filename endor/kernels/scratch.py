@@ -1,4 +1,4 @@
-"""Memory that a packed model decodes into when no runtime owns it: one buffer per thread."""
+"""Memory that weights are decoded into and that is used again and again: one buffer per thread."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ class ThreadScratch:
         nbytes = layout.geometry.numel * dtype.itemsize
         buffer = vars(self._buffers).get(use)
         if buffer is None or buffer.numel() < nbytes:
-            buffer = torch.empty(nbytes, dtype=torch.uint8)
-            setattr(self._buffers, use, buffer)
+            buffer = self._reserve(use, nbytes)
         return buffer[:nbytes].view(dtype).view(layout.shape)
+
+    def _reserve(self, use: str, nbytes: int) -> torch.Tensor:
+        """Give this thread a buffer of at least `nbytes`."""
+        buffer = self._allocate(nbytes)
+        setattr(self._buffers, use, buffer)
+        return buffer
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)

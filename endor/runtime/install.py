@@ -1,0 +1,107 @@
+"""Puts the tensors of a checkpoint into a model: packed where a block can be streamed, dense elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from endor.checkpoint import Checkpoint
+from endor.formats.header import TensorEntry
+from endor.formats.reader import BlockRange
+from endor.kernels.tensor import BitmapTensor
+from endor.runtime.skeleton import find_module, install
+from endor.runtime.streaming import WeightBlock
+
+__all__ = ["dense_bytes", "install_weights", "is_direct", "stored_dtype"]
+
+
+def install_weights(model: Any, checkpoint: Checkpoint) -> Iterator[WeightBlock]:
+    """Put every tensor of `checkpoint` into `model`, a skeleton whose dtypes are those that are wanted.
+
+    Yields the blocks that have weights to stream, in execution order. Raises FormatError, ChecksumError and
+    LoadError for what cannot be read or does not fit.
+    """
+    for home in checkpoint.blocks:
+        module = find_module(model, home.block.name)
+        weights: dict[str, tuple[BitmapTensor, ...]] = {}
+        for entry in home.block.entries:
+            if module is not None and _is_streamable(model, entry, home):
+                weights[entry.name] = (_install_packed(model, entry),)
+            else:
+                _install_dense(model, entry, checkpoint)
+        if weights:
+            assert module is not None
+            yield WeightBlock(module, home, weights)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of most floating-point weights."""
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in checkpoint.entries.values():
+        if entry.layout.dtype.is_floating_point:
+            sizes[entry.layout.dtype] += entry.layout.geometry.numel
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Memory of the parameters that are dense and stay: embeddings, norms, biases, and what cannot be
+    streamed."""
+    return sum(p.nbytes for p in model.parameters() if not isinstance(p, BitmapTensor))
+
+
+def is_direct(weight: BitmapTensor) -> bool:
+    """Whether a matmul reads the sections as they are, without decoding."""
+    return weight.packed_layout.is_plain and weight.packed_layout.dtype == weight.dtype
+
+
+def _is_streamable(model: nn.Module, entry: TensorEntry, home: BlockRange) -> bool:
+    """Whether one linear layer inside the block's module alone uses the weight: it is needed there and then
+    only."""
+    if entry.aliases or not entry.name.startswith(home.block.name + "."):
+        return False
+    parent, _, leaf = entry.name.rpartition(".")
+    return leaf == "weight" and isinstance(find_module(model, parent), (nn.Linear, Conv1D))
+
+
+def _shown_dtype(model: Any, name: str, stored: torch.dtype) -> torch.dtype:
+    """The dtype the tensor has in the model: the skeleton's, but float32 where the model class asks for
+    it."""
+    parent, _, leaf = name.rpartition(".")
+    module = find_module(model, parent)
+    current = None if module is None else module._parameters.get(leaf, module._buffers.get(leaf))
+    if current is None or not stored.is_floating_point:
+        return stored
+    if any(re.search(rf"(^|\.){re.escape(kept)}(\.|$)", name) for kept in _kept_in_float32(model)):
+        return torch.float32
+    return current.dtype
+
+
+def _kept_in_float32(model: Any) -> set[str]:
+    """Names of modules that transformers keeps in float32, for the dtype of this model."""
+    kept: set[str] = set()
+    if model.dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if model.dtype in (torch.float16, torch.bfloat16):
+        kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return kept
+
+
+def _install_packed(model: Any, entry: TensorEntry) -> BitmapTensor:
+    shown = _shown_dtype(model, entry.name, entry.layout.dtype)
+    parameter = nn.Parameter(BitmapTensor(entry.layout, dtype=shown), requires_grad=False)
+    install(model, entry.name, parameter)
+    assert isinstance(parameter, BitmapTensor)
+    return parameter
+
+
+def _install_dense(model: Any, entry: TensorEntry, checkpoint: Checkpoint) -> None:
+    dense = checkpoint.read_dense(entry.name)
+    shared = nn.Parameter(dense.to(_shown_dtype(model, entry.name, dense.dtype)), requires_grad=False)
+    for name in (entry.name, *entry.aliases):
+        install(model, name, shared)
