@@ -27,7 +27,7 @@ from endor.kernels.native_quantized import decode_quantized
 from endor.kernels.openmp import parallel_address
 from endor.kernels.reference import ReferenceBackend
 
-__all__ = ["NativeBackend", "native_backends"]
+__all__ = ["RULES", "NativeBackend", "native_backends"]
 
 STREAMING_BYTES = 32 << 20
 """Outputs from this size on bypass the caches; a smaller one may still be there for the matmul that reads it
@@ -35,7 +35,7 @@ STREAMING_BYTES = 32 << 20
 _CODECS = ("raw", "exponent", "int8", "int4")
 _REFERENCE = ReferenceBackend()
 _INTEGERS = {1: np.uint8, 2: np.int16, 4: np.int32}
-_RULES = (
+RULES = (
     "row_offsets decrease, leave the values, or do not run from 0 to nnz",
     "the bitmap has bits set beyond the last column",
     "row_offsets and the number of bits set in the bitmap differ",
@@ -106,7 +106,7 @@ class NativeBackend(Backend):
             decode = decode_exponent if codec == "exponent" else decode_quantized
             failure = decode(self._extension, mask, packed)
         if failure >= 0:
-            raise FormatError(f"row block {failure // 4}: {_RULES[failure % 4]}")
+            raise FormatError(f"row block {failure // 4}: {RULES[failure % 4]}")
 
     def _decode_raw(self, packed: PackedTensor, start_block: int, stop_block: int, out: Tensor) -> int:
         g, sections = packed.layout.geometry, packed.sections

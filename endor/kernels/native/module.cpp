@@ -8,6 +8,7 @@
 
 #include "bitmap.h"
 #include "exponent.h"
+#include "matmul.h"
 #include "parallel.h"
 #include "quantized.h"
 #include "row_blocks.h"
@@ -239,6 +240,64 @@ PyObject* py_decode_quantized(PyObject*, PyObject* args) {
     return PyLong_FromLongLong(failure);
 }
 
+const MatmulKernels* matmul_kernels_at(int isa, bool fp32) {
+    switch (isa) {
+        case 0: return avx512bf16_matmul(fp32);
+        case 1: return avx512_matmul(fp32);
+        case 2: return avx2_matmul(fp32);
+        case 3: return scalar_matmul(fp32);
+        default: return nullptr;
+    }
+}
+
+PyObject* py_matmul_isas(PyObject*, PyObject*) {
+    static const char* const names[] = {"avx512bf16", "avx512", "avx2", "scalar"};
+    PyObject* isas = PyDict_New();
+    for (int isa = 0; isas && isa < kIsaCount; ++isa) {
+        if (!matmul_kernels_at(isa, false)) continue;
+        PyObject* index = PyLong_FromLong(isa);
+        if (!index || PyDict_SetItemString(isas, names[isa], index) < 0) Py_CLEAR(isas);
+        Py_XDECREF(index);
+    }
+    return isas;
+}
+
+PyObject* py_matmul(PyObject*, PyObject* args) {
+    MatmulJob job{};
+    int isa, threads, offsets_are_64, fp32;
+    long long rows, cols, row_block, nnz, x_rows;
+    unsigned long long bitmap, offsets, values, x, bias, scratch, y;
+    if (!PyArg_ParseTuple(args, "iiLLLLKKpKLpKKKK", &isa, &threads, &rows, &cols, &row_block, &nnz, &bitmap, &offsets,
+                          &offsets_are_64, &values, &x_rows, &fp32, &x, &bias, &scratch, &y)) {
+        return nullptr;
+    }
+    job.kernels = matmul_kernels_at(isa, fp32);
+    if (!job.kernels) return PyErr_Format(PyExc_ValueError, "this machine has no matmul %d", isa);
+    job.bits = isa <= 1 ? avx512_kernels() : isa == 2 ? avx2_kernels() : scalar_kernels();
+    job.shape = {rows, cols, row_block};
+    job.bitmap = pointer<const uint8_t>(bitmap);
+    job.offsets = pointer<const void>(offsets);
+    job.offsets_are_64 = offsets_are_64;
+    job.values = pointer<const uint16_t>(values);
+    job.nnz = nnz;
+    job.x = pointer<const void>(x);
+    job.x_rows = x_rows;
+    job.bias = pointer<const float>(bias);
+    job.scratch = pointer<uint8_t>(scratch);
+    job.y = pointer<void>(y);
+    int64_t failure;
+    Py_BEGIN_ALLOW_THREADS
+    failure = matmul(job, threads);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLongLong(failure);
+}
+
+PyObject* py_matmul_scratch_bytes(PyObject*, PyObject* args) {
+    long long x_rows, cols;
+    if (!PyArg_ParseTuple(args, "LL", &x_rows, &cols)) return nullptr;
+    return PyLong_FromLongLong(matmul_scratch_bytes(x_rows, cols));
+}
+
 PyObject* py_set_openmp(PyObject*, PyObject* args) {
     unsigned long long address;
     if (!PyArg_ParseTuple(args, "K", &address)) return nullptr;
@@ -254,6 +313,9 @@ PyMethodDef methods[] = {
     {"exponent_split", py_exponent_split, METH_VARARGS, "Histograms of exponents, and everything but exponents."},
     {"exponent_records", py_exponent_records, METH_VARARGS, "Write all records of codec exponent."},
     {"decode_quantized", py_decode_quantized, METH_VARARGS, "As decode, for codecs int8 and int4 under any mask."},
+    {"matmul_isas", py_matmul_isas, METH_NOARGS, "Instruction sets of matmul, fastest first, and their numbers."},
+    {"matmul", py_matmul, METH_VARARGS, "y = x W^T + bias; -1, or 4 * row block + rule broken."},
+    {"matmul_scratch_bytes", py_matmul_scratch_bytes, METH_VARARGS, "Memory that matmul needs beside its output."},
     {"set_openmp", py_set_openmp, METH_VARARGS, "Use the OpenMP runtime with this GOMP_parallel; 0: own threads."},
     {nullptr, nullptr, 0, nullptr},
 };

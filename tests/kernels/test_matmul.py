@@ -1,0 +1,256 @@
+"""Products straight from a packed weight: close to float64, exact where sums are, never out of bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch import Tensor
+
+from endor.errors import FormatError, KernelError
+from endor.formats.packed import PackedTensor
+from endor.kernels import encode, matmul
+from tests.support.bits import assert_bitwise_equal
+from tests.support.kernels import replace_section
+
+if not matmul.instruction_sets():
+    pytest.skip("the native extension is not built", allow_module_level=True)
+
+DTYPES = [torch.bfloat16, torch.float32]
+SHAPES = [(1, 1), (3, 31), (7, 65), (33, 200), (9, 1000), (70, 2048), (6, 4097)]
+HUGE = 2**31 - 1
+
+
+@pytest.fixture(scope="session", params=matmul.instruction_sets())
+def isa(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=DTYPES, ids=["bf16", "f32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    return found
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def weight_of(shape: tuple[int, int], density: float = 0.5, *, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(shape, generator=generator) < density
+    return (torch.randn(shape, generator=generator) * kept).bfloat16()
+
+
+def x_of(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def small_integers(shape: tuple[int, ...], *, seed: int = 0, highest: int = 7) -> Tensor:
+    """Sums of products of these are exact in float32, in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-highest, highest + 1, shape, generator=generator).float()
+
+
+def product(x: Tensor, packed: PackedTensor, bias: Tensor | None = None, *, isa: str | None = None) -> Tensor:
+    y = matmul.linear(x, packed, bias, isa=isa)
+    assert y is not None
+    return y
+
+
+def assert_close(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Within the rounding of float32 sums (a random walk over the columns) and of the result."""
+    exact = x.double() @ weight.double().T
+    steps = max(x.shape[-1], 1) ** 0.5
+    terms = (x.double().square() @ weight.double().square().T).sqrt()  # the size of the walk's sums
+    bound = 8 * torch.finfo(torch.float32).eps * steps * terms + torch.finfo(y.dtype).eps * exact.abs()
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product_is_within_rounding_of_float64(
+    isa: str, dtype: torch.dtype, shape: tuple[int, int], density: float
+) -> None:
+    weight = weight_of(shape, density)
+    for x_rows in (1, 8):
+        x = x_of((x_rows, shape[1]), dtype)
+        assert_close(product(x, encode(weight), isa=isa), x, weight)
+
+
+@pytest.mark.parametrize("x_rows", range(1, matmul.MAX_ROWS + 1))
+@pytest.mark.parametrize("shape", [(9, 1000), (6, 64), (35, 129)], ids=str)
+def test_exact_sums_are_exact(isa: str, dtype: torch.dtype, shape: tuple[int, int], x_rows: int) -> None:
+    weight, x = small_integers(shape), small_integers((x_rows, shape[1]), seed=1)
+    bias = small_integers((shape[0],), seed=2).to(dtype)
+    packed = encode(weight.bfloat16())
+    assert_bitwise_equal(product(x.to(dtype), packed, isa=isa), (x @ weight.T).to(dtype))
+    assert_bitwise_equal(product(x.to(dtype), packed, bias, isa=isa), (x @ weight.T + bias.float()).to(dtype))
+
+
+@given(data=st.data())
+def test_any_shape_and_any_emptiness(isa: str, data: st.DataObject) -> None:
+    rows, cols = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 300))
+    kept = data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows))
+    weight = small_integers((rows, cols), seed=data.draw(st.integers(0, 99)))
+    weight[~torch.tensor(kept, dtype=torch.bool)] = 0
+    x = small_integers((data.draw(st.integers(0, 9)), cols), seed=1)
+    y = product(x, encode(weight.bfloat16()), isa=isa) if x.shape[0] <= matmul.MAX_ROWS else None
+    if y is not None:
+        assert_bitwise_equal(y + 0.0, x @ weight.T + 0.0)  # the sign of an empty sum does not matter
+
+
+def test_leading_dimensions_and_strides_of_x_do_not_matter(isa: str) -> None:
+    weight = small_integers((20, 100))
+    packed = encode(weight.bfloat16())
+    x = small_integers((100, 3), seed=1).T.unsqueeze(0)
+    assert not x.is_contiguous()
+    assert_bitwise_equal(product(x, packed, isa=isa), x @ weight.T)
+    assert_bitwise_equal(product(x[0, 0], packed, isa=isa), x[0, 0] @ weight.T)
+
+
+def test_row_of_x_gets_the_same_bits_alone_and_among_others(isa: str, dtype: torch.dtype) -> None:
+    packed = encode(weight_of((37, 3000)))
+    x = x_of((matmul.MAX_ROWS, 3000), dtype)
+    together = product(x, packed, isa=isa)
+    for i in range(len(x)):
+        assert_bitwise_equal(product(x[i], packed, isa=isa), together[i])
+
+
+def test_any_number_of_threads_gives_the_same_bits(
+    isa: str, dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    packed = encode(weight_of((1000, 2048)))
+    x = x_of((2, 2048), dtype)
+    threads(1)
+    alone = product(x, packed, isa=isa)
+    for count in (2, 5):
+        threads(count)
+        for _ in range(3):
+            assert_bitwise_equal(product(x, packed, isa=isa), alone)
+
+
+@pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan])
+def test_infinity_and_nan_spread_as_in_a_dense_product(isa: str, dtype: torch.dtype, special: float) -> None:
+    weight = small_integers((8, 130))
+    weight[3:, 129] = 0  # infinity times a pruned weight is NaN
+    x = small_integers((2, 130), seed=1)
+    x[1, 129] = special
+    y = product(x.to(dtype), encode(weight.bfloat16()), isa=isa)
+    torch.testing.assert_close(y, (x @ weight.T).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_result_is_rounded_to_nearest_even(isa: str) -> None:
+    """1 + 2^-8 and 1 + 3 * 2^-8 lie halfway between two bfloat16."""
+    weight = torch.tensor([[1.0, 2**-8], [1.0, 3 * 2**-8], [1.0, 2**-7]]).bfloat16()
+    y = product(torch.ones(1, 2).bfloat16(), encode(weight), isa=isa)
+    assert y.tolist() == [[1.0, 1.0 + 2**-6, 1.0 + 2**-7]]
+
+
+def with_offset(block: int, value: int) -> Callable[[PackedTensor], PackedTensor]:
+    def lie(packed: PackedTensor) -> PackedTensor:
+        offsets = packed.sections["row_offsets"].clone()
+        offsets[block] = value
+        return replace_section(packed, {"row_offsets": offsets})
+
+    return lie
+
+
+def with_bitmap(row: int, byte: int, change: int) -> Callable[[PackedTensor], PackedTensor]:
+    def lie(packed: PackedTensor) -> PackedTensor:
+        bitmap = packed.sections["bitmap"].clone()
+        bitmap[row, byte] ^= change
+        return replace_section(packed, {"bitmap": bitmap})
+
+    return lie
+
+
+def with_values(change: int) -> Callable[[PackedTensor], PackedTensor]:
+    """The values section, and nnz with it, is shorter or longer than the bitmap says."""
+
+    def lie(packed: PackedTensor) -> PackedTensor:
+        nnz = packed.layout.nnz + change
+        values = torch.zeros(nnz, dtype=torch.bfloat16)
+        return replace_section(packed, {"values": values}, nnz=nnz)
+
+    return lie
+
+
+LIES = {
+    "first-offset-not-zero": with_offset(0, 1),
+    "first-offset-negative": with_offset(0, -1),
+    "last-offset-wrong": with_offset(6, 1),
+    "offset-negative": with_offset(3, -(2**31)),
+    "offset-huge": with_offset(3, HUGE),
+    "offsets-decrease": with_offset(3, 1),
+    "bit-flipped": with_bitmap(20, 5, 1),
+    "all-bits-of-a-byte-flipped": with_bitmap(44, 80, 0xFF),
+    "bit-in-padding": with_bitmap(20, 700 // 8, 0x80),
+    "value-missing": with_values(-1),
+    "value-left-over": with_values(1),
+    "all-values-missing": lambda packed: with_values(-packed.layout.nnz)(packed),
+}
+
+
+@pytest.mark.parametrize("lie", list(LIES.values()), ids=list(LIES))
+@pytest.mark.parametrize("x_rows", [1, 8])
+def test_lie_is_refused(isa: str, lie: Callable[[PackedTensor], PackedTensor], x_rows: int) -> None:
+    packed = lie(encode(weight_of((45, 700))))  # six row blocks of eight rows, the last of five
+    with pytest.raises(FormatError, match=r"row block \d"):
+        matmul.linear(torch.ones(x_rows, 700), packed, isa=isa)
+
+
+def test_first_row_block_that_lies_is_named(isa: str, threads: Callable[[int], None]) -> None:
+    threads(2)
+    honest = encode(weight_of((2000, 700)))
+    packed = with_bitmap(1999, 3, 1)(with_bitmap(200, 3, 1)(honest))
+    with pytest.raises(FormatError, match=f"row block {200 // honest.layout.geometry.row_block}:"):
+        matmul.linear(torch.ones(1, 700), packed, isa=isa)
+
+
+@given(data=st.data())
+def test_flipped_bytes_are_refused_or_harmless(isa: str, data: st.DataObject) -> None:
+    packed = encode(weight_of((45, 700)))
+    changed = {name: section.clone() for name, section in packed.sections.items()}
+    for _ in range(data.draw(st.integers(1, 4))):
+        flat = changed[data.draw(st.sampled_from(("bitmap", "row_offsets")))].view(torch.uint8).view(-1)
+        flat[data.draw(st.integers(0, len(flat) - 1))] = data.draw(st.integers(0, 255))
+    lying = PackedTensor(packed.layout, changed)
+    x = torch.ones(1, 700)
+    try:
+        lying.check()
+    except FormatError:
+        with pytest.raises(FormatError):
+            matmul.linear(x, lying, isa=isa)
+    else:
+        matmul.linear(x, lying, isa=isa)
+
+
+def test_what_is_not_supported_is_left_to_the_caller() -> None:
+    packed = encode(weight_of((8, 64)))
+    assert matmul.linear(torch.ones(1, 64), packed) is not None
+    assert matmul.linear(torch.ones(matmul.MAX_ROWS + 1, 64), packed) is None
+    assert matmul.linear(torch.ones(1, 64, dtype=torch.float16), packed) is None
+    assert matmul.linear(torch.ones(1, 65), packed) is None
+    assert matmul.linear(torch.ones(1, 64), encode(torch.ones(8, 64))) is None
+    assert matmul.linear(torch.ones(1, 64), encode(weight_of((8, 64)), mask="dense")) is None
+    assert not matmul.supports(torch.ones(1, 64, device="meta"), packed)
+
+
+@pytest.mark.parametrize(
+    "bias", [torch.ones(7), torch.ones(8, 1), torch.ones(8, dtype=torch.float64)], ids=str
+)
+def test_bias_that_does_not_fit_is_refused(bias: Tensor) -> None:
+    with pytest.raises(KernelError, match=r"bias must be torch\.float32 \[8\]"):
+        matmul.linear(torch.ones(1, 64), encode(weight_of((8, 64))), bias)
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(KernelError, match="unknown instruction set 'mmx'"):
+        matmul.linear(torch.ones(1, 64), encode(weight_of((8, 64))), isa="mmx")
