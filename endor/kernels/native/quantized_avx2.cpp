@@ -29,6 +29,7 @@ struct QuantizedIsa {
         return buffer;
     }
 
+    template <FloatType kType>
     ENDOR_TARGET static inline Packed load4(const uint8_t* codes, int64_t odd, int count, int64_t left,
                                             Codebook codebook, uint8_t* buffer) {
         constexpr int64_t kReach = 48;
@@ -70,7 +71,12 @@ struct QuantizedIsa {
         return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
     }
 
-    template <FloatType kType, bool kStream, class Bits>
+    template <bool kInt4, FloatType kType>
+    ENDOR_TARGET static inline float factor(Codebook, float scale) {
+        return scale;
+    }
+
+    template <bool kInt4, FloatType kType, bool kStream, class Bits>
     ENDOR_TARGET static inline void put(uint64_t word, Packed packed, float scale, Bits* out) {
         const __m256 factor = _mm256_set1_ps(scale);
         for (int i = 0; i < 8; i += 2) {

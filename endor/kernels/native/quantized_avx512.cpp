@@ -54,6 +54,8 @@ struct QuantizedIsa {
         return load_first(codes, count);
     }
 
+    // Indices where the products are looked up, integers for float32.
+    template <FloatType kType>
     ENDOR_TARGET static inline Packed load4(const uint8_t* codes, int64_t odd, int count, int64_t, Codebook codebook,
                                             uint8_t*) {
         const __m512i bytes = load_first(codes, (count + static_cast<int>(odd) + 1) / 2);
@@ -61,7 +63,8 @@ struct QuantizedIsa {
             _mm512_maskz_permutexvar_epi8(~__mmask64{0}, _mm512_load_si512(kLanes.twice[odd]), bytes);
         const __mmask64 upper = odd ? 0x5555555555555555 : 0xAAAAAAAAAAAAAAAA;
         const __m512i nibbles = _mm512_mask_mov_epi8(pairs, upper, _mm512_srli_epi16(pairs, 4));
-        return _mm512_shuffle_epi8(codebook, _mm512_and_si512(nibbles, _mm512_set1_epi8(15)));
+        const __m512i indices = _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
+        return kType == kFloat32 ? _mm512_shuffle_epi8(codebook, indices) : indices;
     }
 
     template <bool kStream>
@@ -80,31 +83,54 @@ struct QuantizedIsa {
         return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
     }
 
-    template <FloatType kType, bool kStream, class Bits>
-    ENDOR_TARGET static inline void put(uint64_t word, Packed packed, float scale, Bits* out) {
+    // Two times 16 products, rounded to 16 bits.
+    template <FloatType kType>
+    ENDOR_TARGET static inline __m512i to_16_bits(__m512 low, __m512 high) {
+        if constexpr (kType == kFloat16) {
+            constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+            return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(low, kNearest)),
+                                      _mm512_cvtps_ph(high, kNearest), 1);
+        } else {
+            return _mm512_permutex2var_epi16(rounded(low), _mm512_load_si512(kLanes.high), rounded(high));
+        }
+    }
+
+    ENDOR_TARGET static inline __m512 product(__m128i integers, __m512 factor) {
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(integers)), factor);
+    }
+
+    // The scale in all lanes; for int4 in 16 bits all products there can be, twice.
+    template <bool kInt4, FloatType kType>
+    ENDOR_TARGET static inline __m512i factor(Codebook codebook, float scale) {
+        const __m512 factor = _mm512_set1_ps(scale);
+        if constexpr (!kInt4 || kType == kFloat32) return _mm512_castps_si512(factor);
+        const __m512 products = product(_mm512_castsi512_si128(codebook), factor);
+        return to_16_bits<kType>(products, products);
+    }
+
+    template <bool kInt4, FloatType kType, bool kStream, class Bits>
+    ENDOR_TARGET static inline void put(uint64_t word, Packed packed, __m512i factor, Bits* out) {
         __m512i zero = _mm512_setzero_si512();
         __asm__("" : "+v"(zero));  // breaks a false dependency: see isa_avx512.cpp
         const __m512i integers = _mm512_mask_expand_epi8(zero, word, packed);
-        const __m512 factor = _mm512_set1_ps(scale);
-        const __m128i quarters[4] = {_mm512_castsi512_si128(integers), _mm512_extracti32x4_epi32(integers, 1),
-                                     _mm512_extracti32x4_epi32(integers, 2), _mm512_extracti32x4_epi32(integers, 3)};
-        __m512 products[4];
-        for (int i = 0; i < 4; ++i) {
-            products[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarters[i])), factor);
-        }
-        for (int i = 0; i < 4; i += 2) {
-            if constexpr (kType == kFloat32) {
-                store<kStream>(out + 16 * i, _mm512_castps_si512(products[i]));
-                store<kStream>(out + 16 * i + 16, _mm512_castps_si512(products[i + 1]));
-            } else if constexpr (kType == kFloat16) {
-                constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-                const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(products[i], kNearest));
-                const __m256i high = _mm512_cvtps_ph(products[i + 1], kNearest);
-                store<kStream>(out + 16 * i, _mm512_inserti64x4(low, high, 1));
-            } else {
-                store<kStream>(out + 16 * i, _mm512_permutex2var_epi16(rounded(products[i]),
-                                                                       _mm512_load_si512(kLanes.high),
-                                                                       rounded(products[i + 1])));
+        if constexpr (kInt4 && kType != kFloat32) {
+            const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(integers));
+            const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(integers, 1));
+            store<kStream>(out, _mm512_maskz_permutexvar_epi16(static_cast<__mmask32>(word), low, factor));
+            store<kStream>(out + 32, _mm512_maskz_permutexvar_epi16(static_cast<__mmask32>(word >> 32), high, factor));
+        } else {
+            const __m512 scale = _mm512_castsi512_ps(factor);
+            const __m512 products[4] = {product(_mm512_castsi512_si128(integers), scale),
+                                        product(_mm512_extracti32x4_epi32(integers, 1), scale),
+                                        product(_mm512_extracti32x4_epi32(integers, 2), scale),
+                                        product(_mm512_extracti32x4_epi32(integers, 3), scale)};
+            for (int i = 0; i < 4; i += 2) {
+                if constexpr (kType == kFloat32) {
+                    store<kStream>(out + 16 * i, _mm512_castps_si512(products[i]));
+                    store<kStream>(out + 16 * i + 16, _mm512_castps_si512(products[i + 1]));
+                } else {
+                    store<kStream>(out + 16 * i, to_16_bits<kType>(products[i], products[i + 1]));
+                }
             }
         }
     }

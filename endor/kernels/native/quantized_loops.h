@@ -3,9 +3,11 @@
 //
 //   Packed                                                          the integers of a word's values
 //   static Packed load8(const uint8_t* codes, int count, left)      `left` bytes may be read, and 64 are more than enough
-//   static Packed load4(const uint8_t* codes, int odd, int count, left, Codebook, buffer)   the first nibble skipped if odd
+//   static Packed load4<kType>(const uint8_t* codes, int odd, int count, left, Codebook, buffer)
+//                                                                   the first nibble is skipped if odd
 //   static Codebook load_codebook(const int8_t*)
-//   static void put<kType, kStream>(word, const Packed&, float scale, Bits<kType>* out)
+//   static Factor<kInt4, kType> factor(Codebook, float scale)       what `put` multiplies with, or looks up in
+//   static void put<kInt4, kType, kStream>(word, const Packed&, const Factor&, Bits<kType>* out)
 
 namespace endor {
 namespace {
@@ -37,7 +39,7 @@ ENDOR_TARGET int64_t decode_words(const QuantizedRow& row) {
     Bits* out = reinterpret_cast<Bits*>(row.out);
     int64_t value = row.first;
     for (int64_t first = 0, group = 0; first < row.cols; first += row.group_words * kWordBits, ++group) {
-        const float scale = scale_at(row.scales, group);
+        const auto factor = QuantizedIsa::template factor<kInt4, kType>(codebook, scale_at(row.scales, group));
         const int64_t group_stop = first + row.group_words * kWordBits;
         const int64_t stop = group_stop < row.cols ? group_stop : row.cols;
         for (int64_t col = first; col < stop; col += kWordBits) {
@@ -52,16 +54,16 @@ ENDOR_TARGET int64_t decode_words(const QuantizedRow& row) {
             __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(codes) + kPrefetchBytes));
             typename QuantizedIsa::Packed packed;
             if constexpr (kInt4) {
-                packed = QuantizedIsa::load4(codes, value & 1, count, row.codes_end - codes, codebook, buffer);
+                packed = QuantizedIsa::template load4<kType>(codes, value & 1, count, row.codes_end - codes, codebook, buffer);
             } else {
                 packed = QuantizedIsa::load8(codes, count, row.codes_end - codes, buffer);
             }
             value += count;
             if (row.cols - col >= kWordBits) {
-                QuantizedIsa::template put<kType, kStream>(word, packed, scale, out + col);
+                QuantizedIsa::template put<kInt4, kType, kStream>(word, packed, factor, out + col);
             } else {
                 alignas(64) Bits last[kWordBits];
-                QuantizedIsa::template put<kType, false>(word, packed, scale, last);
+                QuantizedIsa::template put<kInt4, kType, false>(word, packed, factor, last);
                 std::memcpy(out + col, last, (row.cols - col) * sizeof(Bits));
             }
         }

@@ -44,6 +44,7 @@ struct QuantizedIsa {
 
     static Packed load8(const uint8_t* codes, int, int64_t, uint8_t*) { return codes; }
 
+    template <FloatType kType>
     static Packed load4(const uint8_t* codes, int64_t odd, int count, int64_t, Codebook codebook, uint8_t* buffer) {
         for (int i = 0; i < count; ++i) {
             const int64_t nibble = i + odd;
@@ -52,7 +53,12 @@ struct QuantizedIsa {
         return buffer;
     }
 
-    template <FloatType kType, bool kStream, class Bits>
+    template <bool kInt4, FloatType kType>
+    static inline float factor(Codebook, float scale) {
+        return scale;
+    }
+
+    template <bool kInt4, FloatType kType, bool kStream, class Bits>
     static void put(uint64_t word, Packed packed, float scale, Bits* out) {
         std::memset(out, 0, kWordBits * sizeof(Bits));
         for (; word; word &= word - 1) {
