@@ -225,7 +225,8 @@ def _owner(name: str, repeated: set[str]) -> str:
     for i in range(1, len(parts)):
         if (prefix := ".".join(parts[:i])) in repeated:
             return prefix
-    return name.rpartition(".")[0]
+    # A tensor of the model itself, such as BART's final_logits_bias, is a block of its own name.
+    return name.rpartition(".")[0] or name
 
 
 def _unseen_rank(model: nn.Module, repeated: set[str]) -> Callable[[str, Mapping[str, int]], tuple[int, int]]:
@@ -235,8 +236,10 @@ def _unseen_rank(model: nn.Module, repeated: set[str]) -> Callable[[str, Mapping
 
     def rank(name: str, order: Mapping[str, int]) -> tuple[int, int]:
         if order:
-            earlier = [order[n] for n in order if tree[n] < tree[name]]
+            earlier = [order[n] for n in order if tree[n] < tree.get(name, len(tree))]
             return (0, max(earlier, default=-1))
+        if name not in tree:
+            return (0, len(tree))
         embedding = name not in repeated and isinstance(model.get_submodule(name), nn.Embedding)
         return (-1 if embedding else 0, tree[name])
 

@@ -121,6 +121,11 @@ def claim_output(
     with _os_errors(f"cannot prepare {out}"):
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
+            if _state_of(out) is not state:
+                raise ConvertError(
+                    f"{out} was {state.value} when this conversion began to prepare and is not any more: "
+                    "another one has written to it. Nothing was changed; start again"
+                )
             if state is OutputState.INTERRUPTED and resume and _read_journal(journal) != _CLEARING:
                 _check_same(journal, fingerprint)
                 _remove(out, _LEFTOVERS)

@@ -95,6 +95,8 @@ def convert(
         ConvertError: the source, the options or the machine do not allow it; the message says what to do.
     """
     started = time.perf_counter()
+    if isinstance(include, str) or isinstance(exclude, str):
+        raise ConvertError("include and exclude are lists of patterns; write include=[pattern]")
     options = ConvertOptions(
         method=method,
         sparsity=_default_sparsity(pattern) if sparsity is None else sparsity,
@@ -323,7 +325,7 @@ class _Conversion:
                 "quant_method": QUANT_METHOD,
                 "format_version": FORMAT_VERSION,
                 "method": options.method,
-                "sparsity": options.sparsity,
+                "sparsity": options.sparsity if options.criterion is not None else 0.0,
                 "pattern": options.pattern,
                 "values": options.values,
             },

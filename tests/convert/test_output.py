@@ -278,3 +278,32 @@ def test_the_package_is_callable_whatever_was_imported_first(source: Path, tmp_p
 
     package: Any = endor.convert
     assert package(source, tmp_path / "out", method="none", values="raw").tensors == 30
+
+
+def test_a_checkpoint_finished_meanwhile_by_another_conversion_is_left_alone(
+    source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    others: list[endor.ConvertReport] = []
+
+    def convert_once(_: object) -> None:
+        if not others:
+            others.append(endor.convert(source, out, method="magnitude", sparsity=0.3))
+
+    with pytest.raises(ConvertError, match="another one has written to it"):
+        endor.convert(source, out, method="magnitude", sparsity=0.7, progress=convert_once)
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["sparsity"] == 0.3
+    with endor.open(out) as checkpoint:
+        assert checkpoint.names()
+
+
+def test_a_single_pattern_instead_of_a_list_is_refused_in_words(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConvertError, match="lists of patterns"):
+        endor.convert(source, tmp_path / "out", method="magnitude", include="*.mlp.*")
+
+
+def test_method_none_records_no_sparsity(source: Path, tmp_path: Path) -> None:
+    endor.convert(source, tmp_path / "out", method="none")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["sparsity"] == 0.0

@@ -79,6 +79,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-masked": ("Bert", _ENCODER),
     "roberta": ("Roberta", _ENCODER),
     "mixtral": ("Mixtral", {**_DECODER, "num_local_experts": 4}),
+    "bart": (
+        "Bart",
+        {
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 96,
+            "decoder_ffn_dim": 96,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 64,
+        },
+    ),
     "t5": (
         "T5",
         {
@@ -99,6 +113,7 @@ _CLASSES = {
     "bert": "BertModel",
     "bert-masked": "BertForMaskedLM",
     "roberta": "RobertaForMaskedLM",
+    "bart": "BartForConditionalGeneration",
     "t5": "T5ForConditionalGeneration",
 }
 
