@@ -98,8 +98,8 @@ class SafetensorsFile(WeightFile):
     def read(self, name: str) -> torch.Tensor:
         tensor = self.tensors[name]
         # numpy asks the system for huge pages, torch does not: 7 GB/s instead of 2 from the page cache.
-        raw = np.empty(tensor.nbytes, np.uint8)
-        view, offset, done = raw.data, self._offsets[name], 0
+        raw = torch.from_numpy(np.empty(max(tensor.nbytes, 1), np.uint8))[: tensor.nbytes]
+        view, offset, done = raw.numpy().data, self._offsets[name], 0
         while done < len(view):
             try:
                 n = os.preadv(self._fd, [view[done:]], offset + done)
@@ -111,7 +111,7 @@ class SafetensorsFile(WeightFile):
                     "truncated after the conversion started"
                 )
             done += n
-        return torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape)
+        return raw.view(tensor.dtype).view(tensor.shape)
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -113,8 +113,10 @@ def test_interrupted_conversion_leaves_a_note_and_no_temporary_file(
         str(tmp_path / "out"),
         "--shard-size",
         "300kB",
-        "--samples",
+        "--sequence-length",
         "256",
+        "--samples",
+        "64",
         "--values",
         "raw",
     ]
