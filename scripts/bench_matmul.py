@@ -196,8 +196,6 @@ def main() -> None:
     if not known:
         parser.error("the native extension is not installed, and nothing else multiplies packed weights")
     print(environment_line(), flush=True)
-    # Beyond its limit too: how else would one see that it is one?
-    matmul.MAX_ROWS = max(args.batch)
     results = []
     for shape in args.shapes:
         weights = Weights.random(shape, args.density)

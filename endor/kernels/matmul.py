@@ -25,7 +25,17 @@ from endor.kernels.native_memory import aligned
 
 __all__ = ["MAX_ROWS", "instruction_sets", "linear", "supports"]
 
-MAX_ROWS = 8
+MAX_ROWS = {"avx512bf16": 16, "avx512": 8, "avx2": 4, "scalar": 1}
+"""Rows of x up to which it is faster than decoding first. Milliseconds for 4096 x 11008, half of it kept, one thread,
+a Zen 5 core (whose F.linear has bfloat16 instructions), `scripts/bench_matmul.py`:
+
+| rows | dense F.linear | decode, then F.linear | avx512bf16 | avx512 | avx2 |
+| ---- | -------------- | --------------------- | ---------- | ------ | ---- |
+| 1    | 5.3            | 8.3                   | 1.7        | 1.6    | 3.5  |
+| 4    | 5.0            | 8.0                   | 2.1        | 2.4    | 7.5  |
+| 8    | 5.9            | 8.5                   | 3.5        | 5.2    | 8.8  |
+| 16   | 7.2            | 10.3                  | 6.8        | 10.6   | 17.3 |
+"""
 _X_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -52,6 +62,14 @@ def instruction_sets() -> tuple[str, ...]:
 
 def supports(x: Tensor, packed: PackedTensor) -> bool:
     """Whether `linear` takes this product, and is the faster way to it than decode and `F.linear`."""
+    if not (_is_possible(x, packed) and _instruction_sets()):
+        return False
+    limit = MAX_ROWS[next(iter(_instruction_sets()))]
+    return x.numel() <= limit * x.shape[-1]
+
+
+def _is_possible(x: Tensor, packed: PackedTensor) -> bool:
+    """Whether there is code for this product, however slow."""
     layout = packed.layout
     return (
         layout.codec == "raw"
@@ -63,9 +81,7 @@ def supports(x: Tensor, packed: PackedTensor) -> bool:
         and packed.device.type == "cpu"
         and x.dim() > 0
         and x.shape[-1] == layout.shape[1]
-        and x.numel() <= MAX_ROWS * layout.shape[1]
         and type(x) in {Tensor, torch.nn.Parameter}
-        and bool(_instruction_sets())
         and not torch.compiler.is_compiling()
     )
 
@@ -76,18 +92,18 @@ def linear(
     """x W^T + bias, or None where decode and `F.linear` should be used (see `supports`).
 
     Args:
-        x: bfloat16 or float32 [..., columns of W], at most MAX_ROWS rows.
+        x: bfloat16 or float32 [..., columns of W], few rows: MAX_ROWS.
         packed: W, bfloat16 [rows, columns]. Contents may come from a file: whatever they say, nothing outside
             the sections is touched.
         bias: [rows of W], of the dtype of x.
-        isa: one of `instruction_sets()`; the fastest by default.
+        isa: one of `instruction_sets()`, for any number of rows; the fastest by default.
 
     Returns [..., rows of W] in the dtype of x, which has no gradient.
 
     Raises FormatError where the contents contradict each other, KernelError for a bias that does not fit or
     an unknown `isa`.
     """
-    if not supports(x, packed):
+    if not (supports(x, packed) if isa is None else _is_possible(x, packed)):
         return None
     layout, sections = packed.layout, packed.sections
     rows, cols = layout.shape

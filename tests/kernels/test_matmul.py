@@ -84,7 +84,7 @@ def test_product_is_within_rounding_of_float64(
         assert_close(product(x, encode(weight), isa=isa), x, weight)
 
 
-@pytest.mark.parametrize("x_rows", range(1, matmul.MAX_ROWS + 1))
+@pytest.mark.parametrize("x_rows", [*range(1, 10), 16])
 @pytest.mark.parametrize("shape", [(9, 1000), (6, 64), (35, 129)], ids=str)
 def test_exact_sums_are_exact(isa: str, dtype: torch.dtype, shape: tuple[int, int], x_rows: int) -> None:
     weight, x = small_integers(shape), small_integers((x_rows, shape[1]), seed=1)
@@ -101,9 +101,8 @@ def test_any_shape_and_any_emptiness(isa: str, data: st.DataObject) -> None:
     weight = small_integers((rows, cols), seed=data.draw(st.integers(0, 99)))
     weight[~torch.tensor(kept, dtype=torch.bool)] = 0
     x = small_integers((data.draw(st.integers(0, 9)), cols), seed=1)
-    y = product(x, encode(weight.bfloat16()), isa=isa) if x.shape[0] <= matmul.MAX_ROWS else None
-    if y is not None:
-        assert_bitwise_equal(y + 0.0, x @ weight.T + 0.0)  # the sign of an empty sum does not matter
+    y = product(x, encode(weight.bfloat16()), isa=isa)
+    assert_bitwise_equal(y + 0.0, x @ weight.T + 0.0)  # the sign of an empty sum does not matter
 
 
 def test_leading_dimensions_and_strides_of_x_do_not_matter(isa: str) -> None:
@@ -117,7 +116,7 @@ def test_leading_dimensions_and_strides_of_x_do_not_matter(isa: str) -> None:
 
 def test_row_of_x_gets_the_same_bits_alone_and_among_others(isa: str, dtype: torch.dtype) -> None:
     packed = encode(weight_of((37, 3000)))
-    x = x_of((matmul.MAX_ROWS, 3000), dtype)
+    x = x_of((11, 3000), dtype)
     together = product(x, packed, isa=isa)
     for i in range(len(x)):
         assert_bitwise_equal(product(x[i], packed, isa=isa), together[i])
@@ -235,7 +234,7 @@ def test_flipped_bytes_are_refused_or_harmless(isa: str, data: st.DataObject) ->
 def test_what_is_not_supported_is_left_to_the_caller() -> None:
     packed = encode(weight_of((8, 64)))
     assert matmul.linear(torch.ones(1, 64), packed) is not None
-    assert matmul.linear(torch.ones(matmul.MAX_ROWS + 1, 64), packed) is None
+    assert matmul.linear(torch.ones(max(matmul.MAX_ROWS.values()) + 1, 64), packed) is None
     assert matmul.linear(torch.ones(1, 64, dtype=torch.float16), packed) is None
     assert matmul.linear(torch.ones(1, 65), packed) is None
     assert matmul.linear(torch.ones(1, 64), encode(torch.ones(8, 64))) is None
