@@ -1,4 +1,4 @@
-"""Codec `exponent` on every backend: the reference's sections, every bit back, and no trust in what a file says."""
+"""Codec `exponent` on every backend: the reference's sections, every bit back, no trust in files."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_every_special_value_survives_in_every_lane(backend: str, dtype: torch.d
 
 @pytest.mark.parametrize("streaming_bytes", [0, 1 << 60], ids=["streaming", "cached"])
 @pytest.mark.parametrize("shift_bytes", [0, 2])
-def test_stores_and_alignment_do_not_matter(
+def test_stores_and_alignment_do_not_matter(  # noqa: PLR0917 - fixtures
     backend: str,
     dtype: torch.dtype,
     mask: str,
@@ -191,7 +191,7 @@ class TestHostileSections:
         packed = encode(weights((20, 700), torch.bfloat16), values="exponent")
         offsets = packed.sections["exponent_offsets"].clone()
         offsets[2] += 1
-        with pytest.raises(FormatError, match="row block [12]"):
+        with pytest.raises(FormatError, match=r"row block [12]"):
             decode(replace_section(packed, {"exponent_offsets": offsets}), backend=backend)
 
     @staticmethod

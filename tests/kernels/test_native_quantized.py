@@ -65,7 +65,7 @@ def assert_as_the_reference(packed: PackedTensor, backend: str, *, shift_bytes: 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
-def test_bits_are_those_of_the_reference(
+def test_bits_are_those_of_the_reference(  # noqa: PLR0917 - fixtures
     backend: str, codec: str, mask: str, dtype: torch.dtype, shape: tuple[int, ...], density: float
 ) -> None:
     packed = encoded(shape, dtype, codec, mask, density)
@@ -96,7 +96,7 @@ def test_products_are_rounded_as_the_reference_rounds_them(
 
 @pytest.mark.parametrize("streaming_bytes", [0, 1 << 60], ids=["streaming", "cached"])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_stores_and_alignment_do_not_matter(
+def test_stores_and_alignment_do_not_matter(  # noqa: PLR0917 - fixtures
     backend: str,
     codec: str,
     dtype: torch.dtype,
