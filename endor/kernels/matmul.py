@@ -26,8 +26,8 @@ from endor.kernels.native_memory import aligned
 __all__ = ["MAX_ROWS", "instruction_sets", "linear", "supports"]
 
 MAX_ROWS = {"avx512bf16": 16, "avx512": 8, "avx2": 4, "scalar": 1}
-"""Rows of x up to which it is faster than decoding first. Milliseconds for 4096 x 11008, half of it kept, one thread,
-a Zen 5 core (whose F.linear has bfloat16 instructions), `scripts/bench_matmul.py`:
+"""Rows of x up to which it is faster than decoding first. Milliseconds for 4096 x 11008, half of it kept, on
+one Zen 5 core, whose F.linear has bfloat16 instructions (`scripts/bench_matmul.py`):
 
 | rows | dense F.linear | decode, then F.linear | avx512bf16 | avx512 | avx2 |
 | ---- | -------------- | --------------------- | ---------- | ------ | ---- |

@@ -155,7 +155,9 @@ int64_t matmul(const MatmulJob& job, int threads) {
     for (int64_t first = 0; first < job.x_rows; first += kMaxXRows) {
         const int rows = static_cast<int>(job.x_rows - first < kMaxXRows ? job.x_rows - first : kMaxXRows);
         Multiplying work{job, prepare(job, first, rows), first, rows, blocks_per_chunk};
-        run_chunks(threads, chunks, multiply_chunk, &work);
+        // OpenMP waits for its workers even when there is nothing left for them to do. With others using half of the
+        // machine that costs 7.9 ms where our own threads need 0.6 (5632 x 2048, two threads, two cores).
+        run_chunks(threads, chunks, multiply_chunk, &work, Team::kOwn);
         if (const int64_t failure = work.failure.load(); failure != INT64_MAX) return failure;
     }
     return -1;

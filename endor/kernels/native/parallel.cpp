@@ -2,10 +2,12 @@
 //
 // Torch's OpenMP workers spin for a while after each of its own parallel regions. Threads of our own would compete with
 // them for the cores (measured in docs/design/kernels.md), so the team is torch's own wherever its runtime is found.
+// Except where we take the place of torch's operation, so that its workers have nothing to spin for.
 
 #include "parallel.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -37,7 +39,7 @@ void run_work(void* argument) {
     }
 }
 
-// The fallback: threads that sleep between calls, started on the first one and never stopped.
+// Threads that sleep between calls, started on the first one and never stopped.
 class Pool {
    public:
     void run(int threads, Work& work) {
@@ -47,12 +49,15 @@ class Pool {
             std::lock_guard<std::mutex> lock(state_);
             while (started_ < threads - 1 && start_worker()) ++started_;
             work_ = &work;
-            ++generation_;
+            generation_.fetch_add(1);
         }
         wake_.notify_all();
         run_work(&work);
         std::unique_lock<std::mutex> lock(state_);
         work_ = nullptr;
+        lock.unlock();
+        wait_briefly([this] { return busy_.load() == 0; });
+        lock.lock();
         idle_.wait(lock, [this] { return busy_ == 0; });
     }
 
@@ -66,12 +71,23 @@ class Pool {
         }
     }
 
+    // Going to sleep and waking up take longer than a model takes from one weight to the next.
+    template <class Condition>
+    static void wait_briefly(Condition condition) {
+        constexpr auto kPatience = std::chrono::microseconds(50);
+        const auto deadline = std::chrono::steady_clock::now() + kPatience;
+        while (!condition() && std::chrono::steady_clock::now() < deadline) {}
+    }
+
     void worker() {
         uint64_t seen = 0;
         std::unique_lock<std::mutex> lock(state_);
         for (;;) {
-            wake_.wait(lock, [&] { return work_ != nullptr && generation_ != seen; });
-            seen = generation_;
+            lock.unlock();
+            wait_briefly([&] { return generation_.load() != seen; });
+            lock.lock();
+            wake_.wait(lock, [&] { return work_ != nullptr && generation_.load() != seen; });
+            seen = generation_.load();
             Work* work = work_;
             ++busy_;
             lock.unlock();
@@ -86,9 +102,9 @@ class Pool {
     std::condition_variable wake_;
     std::condition_variable idle_;
     Work* work_ = nullptr;
-    uint64_t generation_ = 0;
+    std::atomic<uint64_t> generation_{0};
     int started_ = 0;
-    int busy_ = 0;
+    std::atomic<int> busy_{0};
 };
 
 // Never destroyed: its workers may outlive every static object.
@@ -105,11 +121,12 @@ const int fork_hook = pthread_atfork(nullptr, nullptr, [] { forked.store(true); 
 
 void set_openmp(OpenMpParallel parallel) { openmp.store(parallel); }
 
-void run_chunks(int threads, int64_t chunks, ChunkBody body, void* context) {
+void run_chunks(int threads, int64_t chunks, ChunkBody body, void* context, Team team) {
     Work work{body, context, chunks};
     if (threads > chunks) threads = static_cast<int>(chunks);
     if (threads <= 1 || forked.load()) return run_work(&work);
-    if (const OpenMpParallel parallel = openmp.load()) {
+    const OpenMpParallel parallel = team == Team::kTorch ? openmp.load() : nullptr;
+    if (parallel) {
         parallel(run_work, &work, static_cast<unsigned>(threads), 0);
     } else {
         pool().run(threads, work);

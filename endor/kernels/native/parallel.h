@@ -14,7 +14,12 @@ using OpenMpParallel = void (*)(void (*body)(void*), void* data, unsigned thread
 // Hand over the entry point of the OpenMP runtime that torch uses; null: back to our own threads.
 void set_openmp(OpenMpParallel parallel);
 
+enum class Team {
+    kTorch,  // torch's OpenMP, where it is known: does not compete with torch's own operations
+    kOwn,    // ours: whoever is not running when the work is done is not waited for
+};
+
 // Call body(context, chunk) once for every chunk in [0, chunks), on up to `threads` threads, and wait.
-void run_chunks(int threads, int64_t chunks, ChunkBody body, void* context);
+void run_chunks(int threads, int64_t chunks, ChunkBody body, void* context, Team team = Team::kTorch);
 
 }  // namespace endor
