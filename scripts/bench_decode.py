@@ -68,7 +68,9 @@ def pruned(shape: tuple[int, int], dtype: torch.dtype, density: float, seed: int
     """Normally distributed weights of which a random share is kept."""
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(shape, generator=generator) < density
-    return (torch.randn(shape, generator=generator) * keep).to(dtype)
+    dense = torch.randn(shape, generator=generator)
+    # Not by multiplication: that would leave -0.0, which is a value and kept.
+    return torch.where(keep, dense, torch.zeros(())).to(dtype)
 
 
 def check_bits(m: Matrices) -> None:
