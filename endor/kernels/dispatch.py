@@ -54,10 +54,15 @@ def decode(packed: PackedTensor, *, out: Tensor | None = None, backend: str | No
     `out` or a backend that does not fit.
     """
     layout = packed.layout
-    if out is None:
-        out = torch.empty(layout.shape, dtype=layout.dtype, device=packed.device)
-    else:
+    if out is not None:
         _check_out(out, layout.shape, packed)
+        return _decode_into(packed, out, backend)
+    out = torch.empty(layout.shape, dtype=layout.dtype, device=packed.device)
+    return _decode_into(packed, out, backend)
+
+
+def _decode_into(packed: PackedTensor, out: Tensor, backend: str | None) -> Tensor:
+    layout = packed.layout
     if layout.is_plain:
         return out.copy_(packed.sections[DENSE_SECTION])
     if _is_traced(out):

@@ -195,7 +195,7 @@ class BitmapTensor(torch.Tensor):
         if func is F.linear and len(args) >= 2 and isinstance(args[1], BitmapTensor):
             return _linear(args[0], args[1], *args[2:], **kwargs)
         if func in _READ_STORAGE:
-            return func(_dense(args[0]), *args[1:], **kwargs)
+            return func(*_dense(args), **kwargs)
         if func in _SHARE_STORAGE:
             raise KernelError(
                 f"{getattr(func, '__name__', func)}: a BitmapTensor has no storage of its own to share; "
