@@ -266,7 +266,8 @@ def _execution_order(model: PreTrainedModel, repeated: set[str]) -> list[str]:
             if _trial_run(model, repeated, with_mask=with_mask, as_tuple=as_tuple):
                 return list(dict.fromkeys(ran))
     finally:
-        model.set_attn_implementation(attention)
+        if attention is not None:
+            model.set_attn_implementation(attention)
         for handle in handles:
             handle.remove()
     return []

@@ -242,10 +242,10 @@ class Runtime:
         self._before(model, _Hook(self, Runtime._begin_forward))
         self._after(model, _Hook(self, Runtime._end_forward))
 
-    def _before(self, module: nn.Module, hook: _Hook) -> None:
+    def _before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
 
-    def _after(self, module: nn.Module, hook: _Hook) -> None:
+    def _after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self._handles.append(module.register_forward_hook(hook, always_call=True))
 
     def _parts(self) -> list[Any]:
@@ -317,8 +317,11 @@ class _Hook:
         self._method = method
         self._arguments = arguments
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *_: object) -> None:
+        self._run()  # pyright: ignore[reportCallIssue] - it does not see through the decorator
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run(self) -> None:
         runtime = self._runtime()
         if runtime is not None:
             self._method(runtime, *self._arguments)

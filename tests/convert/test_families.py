@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,18 +171,22 @@ def calibration_ids(source: Path, *, samples: int, length: int) -> torch.Tensor:
     return sample_sequences(read_documents(None), tokenizer, samples=samples, sequence_length=length, seed=0)
 
 
+def keep_input(inputs: dict[Any, torch.Tensor]) -> Callable[[Any, Any], None]:
+    """A hook that remembers what its module was given, as rows."""
+
+    def hook(module: Any, args: Any) -> None:
+        inputs[module] = args[0].flatten(0, 1)
+
+    return hook
+
+
 @torch.no_grad()
 def prune_in_memory(model: Any, ids: torch.Tensor) -> None:
     """Wanda as published: layer by layer, each seeing what the pruned layers before it give."""
     for layer in model.model.layers:
-        inputs: dict[torch.nn.Module, torch.Tensor] = {}
+        inputs: dict[Any, torch.Tensor] = {}
         linears = [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-        hooks = [
-            m.register_forward_pre_hook(
-                lambda m, args, inputs=inputs: inputs.__setitem__(m, args[0].flatten(0, 1))
-            )
-            for m in linears
-        ]
+        hooks = [m.register_forward_pre_hook(keep_input(inputs)) for m in linears]
         model(ids)
         for hook in hooks:
             hook.remove()

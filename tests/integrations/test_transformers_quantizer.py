@@ -154,7 +154,7 @@ def test_float32_weights_that_a_model_insists_on_are_decoded_to_float32(tmp_path
     torch.manual_seed(0)
     original = transformers.T5ForConditionalGeneration(config).eval()
     names = [n for n, m in original.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    packed = {f"{name}.weight": encode(original.get_submodule(name).weight) for name in names}
+    packed = {f"{name}.weight": encode(original.get_parameter(f"{name}.weight")) for name in names}
     directory = write_model(original, tmp_path / "endor", packed=packed)
     original.save_pretrained(tmp_path / "dense")
     inputs = {"input_ids": IDS % 40, "decoder_input_ids": IDS % 40}
