@@ -29,10 +29,10 @@ def install_weights(model: Any, checkpoint: Checkpoint) -> Iterator[WeightBlock]
     """
     for home in checkpoint.blocks:
         module = find_module(model, home.block.name)
-        weights: dict[str, tuple[BitmapTensor, ...]] = {}
+        weights: dict[str, BitmapTensor] = {}
         for entry in home.block.entries:
             if module is not None and _is_streamable(model, entry, home):
-                weights[entry.name] = (_install_packed(model, entry),)
+                weights[entry.name] = _install_packed(model, entry)
             else:
                 _install_dense(model, entry, checkpoint)
         if weights:

@@ -67,7 +67,7 @@ def load(
     sizes = [block.home.nbytes for block in blocks]
     budget = _default_host_bytes() if host_memory is None else host_memory
     placement = plan_placement([block.name for block in blocks], sizes, host_bytes=budget)
-    weights = [w for block in blocks for group in block.weights.values() for w in group]
+    weights = [w for block in blocks for w in block.weights.values()]
     scratch = DecodeScratch([(w.packed_layout, w.dtype) for w in weights if not is_direct(w)], stats)
     for weight in weights:
         weight.use_scratch(scratch)

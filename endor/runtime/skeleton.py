@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from endor.errors import FormatError, LoadError
@@ -30,7 +31,7 @@ def build_skeleton(
     """
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
+    except (StrictDataclassError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoadError(
             f"{directory / 'config.json'}: transformers cannot read it: {_first_line(error)}"
         ) from error

@@ -39,7 +39,7 @@ class WeightBlock:
 
     module: nn.Module
     home: BlockRange
-    weights: Mapping[str, tuple[BitmapTensor, ...]]
+    weights: Mapping[str, BitmapTensor]
     _views: dict[int, dict[str, PackedTensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -56,8 +56,7 @@ class WeightBlock:
         if views is None:
             views = self._views[memory.data_ptr()] = self.home.block.unpack(memory, names=self.weights)
         for name, packed in views.items():
-            for weight in self.weights[name]:
-                weight.attach(packed)
+            self.weights[name].attach(packed)
 
     def forget(self) -> None:
         """Detach, and drop every view of memory that is about to go."""
@@ -65,9 +64,8 @@ class WeightBlock:
         self._views.clear()
 
     def detach(self) -> None:
-        for weights in self.weights.values():
-            for weight in weights:
-                weight.detach_sections()
+        for weight in self.weights.values():
+            weight.detach_sections()
 
     def unit(self) -> Unit:
         return Unit(self.name, (ReadOp(self.home.file, self.home.offset, self.home.nbytes),))
@@ -146,7 +144,7 @@ class Runtime:
     @property
     def kernel(self) -> str:
         """The kernels that decode this model's weights, e.g. `native-avx512`; several where codecs differ."""
-        layouts = [w.packed_layout for b in self._blocks for group in b.weights.values() for w in group]
+        layouts = [w.packed_layout for b in self._blocks for w in b.weights.values()]
         codecs = {layout.codec for layout in layouts if not layout.is_plain}
         return ", ".join(sorted({active_backend("cpu", codec=codec) for codec in codecs})) or "none"
 

@@ -395,3 +395,12 @@ def test_arguments_of_the_wrong_kind_are_refused_in_words(
 def test_names_of_dtypes_and_devices_are_understood(checkpoint: Path) -> None:
     model = endor.load(checkpoint, host_memory=0, dtype="float32", device=torch.device("cpu"))
     assert model.dtype == torch.float32
+
+
+def test_a_config_value_of_the_wrong_type_is_refused_in_words(damaged: Path) -> None:
+    config = (damaged / "config.json").read_text()
+    (damaged / "config.json").write_text(
+        config.replace('"num_hidden_layers": 5', '"num_hidden_layers": "five"')
+    )
+    with pytest.raises(LoadError, match="transformers cannot read it"):
+        endor.load(damaged)
