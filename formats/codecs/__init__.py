@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from endor.errors import FormatError
-from endor.formats.codecs.base import Codec, Params, SectionSpec, ValuesContext
+from endor.formats.codecs.base import (
+    BlockRun,
+    Codec,
+    Params,
+    SectionPart,
+    SectionSpec,
+    ValuesContext,
+    ValuesSlice,
+)
 from endor.formats.codecs.exponent import ExponentCodec
 from endor.formats.codecs.quantized import Int4Codec, Int8Codec
 from endor.formats.codecs.raw import RawCodec
@@ -11,14 +19,17 @@ from endor.formats.strict_json import short
 
 __all__ = [
     "CODECS",
+    "BlockRun",
     "Codec",
     "ExponentCodec",
     "Int4Codec",
     "Int8Codec",
     "Params",
     "RawCodec",
+    "SectionPart",
     "SectionSpec",
     "ValuesContext",
+    "ValuesSlice",
     "codec_named",
 ]
 

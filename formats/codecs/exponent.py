@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from endor.errors import FormatError
-from endor.formats.codecs.base import Codec, SectionSpec, ValuesContext
+from endor.formats.codecs.base import BlockRun, Codec, SectionPart, SectionSpec, ValuesContext, ValuesSlice
 from endor.formats.layout import MAX_INTEGER
 
 __all__ = [
@@ -105,6 +105,7 @@ class ExponentCodec(Codec):
 
     name = "exponent"
     lossless = True
+    index_sections = ("exponent_offsets",)
 
     def supports(self, dtype: torch.dtype, mask: str) -> bool:  # noqa: ARG002 - every mask
         return dtype in LOW_BITS
@@ -129,6 +130,26 @@ class ExponentCodec(Codec):
             raise FormatError("exponents: the bytes behind the last record are not zero [F26]")
         if LOW_BITS[values.dtype]:
             _check_fp16(values, sections, found[0], rest, rest_counts)
+
+    def slice(self, values: ValuesContext, index: Mapping[str, Tensor], run: BlockRun) -> ValuesSlice:
+        offsets = index["exponent_offsets"][run.start : run.stop + 1]
+        begin, end = int(offsets[0]), int(offsets[-1])
+        decreases = bool((offsets[1:] < offsets[:-1]).any())
+        if decreases or not 0 <= begin <= end <= exponent_bytes(values):
+            raise FormatError(
+                f"exponents: row blocks {run.start} to {run.stop}: exponent_offsets decrease or leave the "
+                "section [F26]"
+            )
+        low_bits = LOW_BITS[values.dtype]
+        parts = [
+            SectionPart("exponents", 8 * begin, 8 * end, SLACK_BYTES),
+            SectionPart("sign_mantissa", 8 * run.first_value, 8 * run.stop_value),
+        ]
+        if low_bits:
+            parts.append(SectionPart("mantissa_low", low_bits * run.first_value, low_bits * run.stop_value))
+        width = torch.int32 if end - begin < 2**31 else torch.int64
+        ready = {"exponent_offsets": (offsets.to(torch.int64) - begin).to(width)}
+        return ValuesSlice({**values.params, "exponent_bytes": end - begin}, tuple(parts), ready)
 
 
 def _check_fp16(

@@ -7,12 +7,13 @@ tensor brings along. Zeros are the mask's business, so a codebook spends none of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from endor.errors import FormatError
-from endor.formats.codecs.base import Codec, SectionSpec, ValuesContext
+from endor.formats.codecs.base import BlockRun, Codec, SectionPart, SectionSpec, ValuesContext, ValuesSlice
 from endor.formats.layout import WORD_BITS
 
 __all__ = ["CODEBOOK_SIZE", "MAX_GROUP_COLUMNS", "Int4Codec", "Int8Codec", "groups_per_row"]
@@ -39,6 +40,7 @@ def groups_per_row(values: ValuesContext) -> int:
 
 class _QuantizedCodec(Codec):
     lossless = False
+    _code_bits: ClassVar[int]
 
     def supports(self, dtype: torch.dtype, mask: str) -> bool:  # noqa: ARG002 - every mask
         return dtype in _DTYPES
@@ -54,11 +56,20 @@ class _QuantizedCodec(Codec):
                 "expected 0 or a positive normal number [F30]"
             )
 
+    def slice(self, values: ValuesContext, index: Mapping[str, Tensor], run: BlockRun) -> ValuesSlice:
+        row_bits = 8 * torch.bfloat16.itemsize * groups_per_row(values)
+        parts = (
+            SectionPart("scales", run.first_row * row_bits, run.stop_row * row_bits),
+            SectionPart("codes", run.first_value * self._code_bits, run.stop_value * self._code_bits),
+        )
+        return ValuesSlice(values.params, parts, {name: index[name] for name in self.index_sections})
+
 
 class Int8Codec(_QuantizedCodec):
     """Two's complement integers, one byte each."""
 
     name = "int8"
+    _code_bits = 8
 
     def sections(self, values: ValuesContext) -> tuple[SectionSpec, ...]:
         return (
@@ -71,6 +82,8 @@ class Int4Codec(_QuantizedCodec):
     """Indices into a codebook of 16 integers, two to a byte."""
 
     name = "int4"
+    index_sections = ("codebook",)
+    _code_bits = 4
 
     def sections(self, values: ValuesContext) -> tuple[SectionSpec, ...]:
         return (

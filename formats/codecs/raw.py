@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from endor.errors import FormatError
-from endor.formats.codecs.base import Codec, SectionSpec, ValuesContext
+from endor.formats.codecs.base import BlockRun, Codec, SectionPart, SectionSpec, ValuesContext, ValuesSlice
 from endor.formats.dtypes import PACKABLE
 
 __all__ = ["RawCodec"]
@@ -24,3 +26,7 @@ class RawCodec(Codec):
         if values.params:
             raise FormatError(f"codec raw takes no params, found {sorted(values.params)} [F11]")
         return (SectionSpec("values", values.dtype, (values.nnz,)),)
+
+    def slice(self, values: ValuesContext, index: Mapping[str, torch.Tensor], run: BlockRun) -> ValuesSlice:  # noqa: ARG002
+        bits = 8 * values.dtype.itemsize
+        return ValuesSlice({}, (SectionPart("values", run.first_value * bits, run.stop_value * bits),), {})
