@@ -1,16 +1,23 @@
 """Bits per weight of every codec beside the order-0 entropy bound, and its speed beside memcpy.
 
-    python scripts/bench_codecs.py [--threads 1 2] [--json FILE]
+    python scripts/bench_codecs.py [--parts demo sizes speed] [--threads 1 2] [--json FILE]
 
 The bound is what an ideal coder needs that knows how often each thing occurs but not where: the entropy of
 the mask, and for every value that is kept the entropies of its exponent and of its sign and mantissa. Nothing
 lossless that treats elements alike stays below it; `int8` and `int4` are not lossless.
 
-First table: the weights that the converter prunes in the demo model. Second table: random matrices, pruned
-by magnitude, by magnitude times column norms that vary as activations do (`wanda`), and not at all (`none`).
-Speeds are of the dense bytes against memcpy in the same run; the matrices take turns, so that none is in a
-cache, and so do the contenders. Encoding is measured once. zstd and lz4 compress the dense bytes where their
-packages (zstandard, lz4) are installed. No speed is shown before the bits are checked.
+Parts:
+
+- `demo`: sizes of the weights that the converter prunes in the demo model;
+- `sizes`: sizes of random matrices, Gaussian and Student-t (5 degrees of freedom), pruned by magnitude, by
+  magnitude times column norms that vary as activations do (`wanda`), and not at all (`none`);
+- `speed`: of decoding and encoding larger Gaussian ones, in dense bytes, against memcpy in the same run. The
+  matrices take turns, so that none is in a cache, and so do the contenders. No speed is shown before the bits
+  are checked.
+
+Codecs use mask `bitmap` where weights are pruned, `dense` where not. zstd and lz4 compress the dense bytes,
+and zstd those of `raw` (mask and kept values), where their packages are installed: `pip install -e .[bench]`.
+They work in pieces of 1 MiB, which stay in the cache; what is decompressed is not copied anywhere.
 """
 
 from __future__ import annotations
@@ -18,9 +25,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
-import itertools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -29,39 +36,63 @@ from typing import Any
 import torch
 
 import endor
-from bench_common import environment, environment_line, print_table, rotated, write_json
-from bench_decode import Turn, as_bytes, call_next, quiet_median_s, take_turn
+from bench_common import (
+    MIB,
+    as_bytes,
+    environment,
+    environment_line,
+    median,
+    print_table,
+    quiet_median_s,
+    take_turns,
+    write_json,
+)
 from endor.formats import CODECS, CheckpointReader, PackedTensor
 from endor.kernels import backends, decode, encode
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "endor" / "assets" / "demo_model"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
+KINDS = ("magnitude", "wanda", "none")
+DISTRIBUTIONS = ("gaussian", "student-t")
+PARTS = ("demo", "sizes", "speed")
+SIZES_SHAPE = (1024, 5632)
 
 
 # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def random_weights(args: argparse.Namespace, kind: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Normally distributed weights, half of every row pruned."""
+def random_weights(
+    shape: tuple[int, int], kind: str, dtype: torch.dtype, *, distribution: str = "gaussian", seed: int = 0
+) -> torch.Tensor:
+    """Random weights; unless the kind is `none`, half of every row is pruned."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(args.rows, args.cols, generator=generator) * 0.02
+    weight = torch.randn(shape, generator=generator) * 0.02
+    if distribution == "student-t":
+        weight *= torch.randn(5, *shape, generator=generator).square().mean(dim=0).rsqrt()
     if kind == "none":
         return weight.to(dtype)
     importance = weight.abs()
     if kind == "wanda":
-        importance *= torch.randn(args.cols, generator=generator).mul(0.5).exp()
-    median = importance.median(dim=1, keepdim=True).values
-    return torch.where(importance > median, weight, 0).to(dtype)
+        importance *= torch.randn(shape[1], generator=generator).mul(0.5).exp()
+    threshold = importance.median(dim=1, keepdim=True).values
+    return torch.where(importance > threshold, weight, 0).to(dtype)
 
 
 def demo_weights(method: str) -> list[torch.Tensor]:
-    """The weights of the demo model that the converter has pruned to 50 %."""
+    """The Linear weights of the demo model's blocks, which the converter has pruned to 50 % unless `none`."""
+    options: dict[str, Any] = {"method": method, "values": "raw", "samples": 16}
     with tempfile.TemporaryDirectory() as folder:
-        endor.convert(DEMO_MODEL, Path(folder) / "out", method=method, sparsity=0.5, values="raw", samples=16)
+        endor.convert(
+            DEMO_MODEL, Path(folder) / "pruned", **options | {"sparsity": 0.5, "method": "magnitude"}
+        )
+        with CheckpointReader(Path(folder) / "pruned") as reader:
+            pruned = [name for name in reader.names() if reader.read(name).layout.mask == "bitmap"]
+        endor.convert(
+            DEMO_MODEL, Path(folder) / "out", **options | ({} if method == "none" else {"sparsity": 0.5})
+        )
         with CheckpointReader(Path(folder) / "out") as reader:
-            packed = [reader.read(name) for name in reader.names()]
-            return [decode(p) for p in packed if p.layout.mask == "bitmap"]
+            return [decode(reader.read(name)) for name in pruned]
 
 
 def entropy_bits(counts: torch.Tensor) -> float:
@@ -82,7 +113,7 @@ def bound_bits_per_weight(weights: list[torch.Tensor]) -> float:
     return mask + value * len(kept) / max(len(bits), 1)
 
 
-# ── size ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── sizes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def forms(kind: str) -> list[tuple[str, str]]:
@@ -98,18 +129,88 @@ def sizes(weights: list[torch.Tensor], kind: str) -> dict[str, float]:
     for codec, mask in forms(kind):
         nbytes = sum(encode(w, values=codec, mask=mask).layout.nbytes for w in weights)
         found[codec] = 8 * nbytes / numel
+    for compressor in compressors():
+        pieces = [piece for w in weights for piece in compressor.compressed_weight(w)]
+        found[compressor.name] = 8 * sum(map(len, pieces)) / numel
     return found
 
 
-def bench_demo() -> list[dict[str, Any]]:
-    rows = []
-    for method in ("magnitude", "wanda"):
-        weights = demo_weights(method)
-        rows.append({"weights": f"demo model, {method}", **sizes(weights, method)})
-    return rows
+def bench_demo(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for kind in args.kinds:
+        yield {
+            "weights": f"demo model, {kind}",
+            "kind": kind,
+            "dtype": "bf16",
+            **sizes(demo_weights(kind), kind),
+        }
+
+
+def bench_sizes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for dtype in args.dtypes:
+        for distribution in DISTRIBUTIONS:
+            for kind in args.kinds:
+                weight = random_weights(SIZES_SHAPE, kind, DTYPES[dtype], distribution=distribution)
+                names = {"weights": f"{distribution}, {kind}, {dtype}", "kind": kind, "dtype": dtype}
+                yield {**names, **sizes([weight], kind)}
+
+
+# ── general-purpose compressors ─────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """A general-purpose compressor whose package is installed."""
+
+    name: str
+    compress: Callable[[bytes], bytes]
+    decompress: Callable[[bytes], bytes]
+
+    def compressed(self, data: bytes) -> list[bytes]:
+        """In pieces of 1 MiB."""
+        return [self.compress(data[begin : begin + MIB]) for begin in range(0, len(data), MIB)]
+
+    def compressed_weight(self, weight: torch.Tensor) -> list[bytes]:
+        return self.compressed(dense_bytes(weight))
+
+    def decompress_all(self, copies: list[list[bytes]], i: int) -> None:
+        for piece in copies[i]:
+            self.decompress(piece)
+
+
+def compressors() -> Iterator[Compressor]:
+    """Those that are installed."""
+    try:
+        zstandard: Any = importlib.import_module("zstandard")
+        for level in (1, 9):
+            compress = zstandard.ZstdCompressor(level=level).compress
+            yield Compressor(f"zstd -{level}", compress, zstandard.ZstdDecompressor().decompress)
+    except ImportError:
+        pass
+    try:
+        lz4: Any = importlib.import_module("lz4.block")
+        yield Compressor("lz4", lz4.compress, lz4.decompress)
+    except ImportError:
+        pass
+
+
+def dense_bytes(weight: torch.Tensor) -> bytes:
+    return as_bytes(weight.reshape(-1)).numpy().tobytes()
+
+
+def packed_bytes(packed: PackedTensor) -> bytes:
+    return b"".join(as_bytes(section.reshape(-1)).numpy().tobytes() for section in packed.sections.values())
 
 
 # ── speed ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What decodes: how small it makes the weights, and how fast it did; MB/s are of dense bytes."""
+
+    run: Callable[[int], object]
+    bits_per_weight: float
+    encode_mb_per_s: float | None = None
 
 
 def check(dense: torch.Tensor, packed: PackedTensor) -> None:
@@ -117,119 +218,102 @@ def check(dense: torch.Tensor, packed: PackedTensor) -> None:
     codec = packed.layout.codec
     expected = dense if CODECS[codec].lossless else decode(packed, backend="reference")
     for name in backends():
-        assert torch.equal(as_bytes(decode(packed, backend=name)), as_bytes(expected)), (codec, name)
+        if CODECS[codec].lossless or name != "reference":
+            assert torch.equal(as_bytes(decode(packed, backend=name)), as_bytes(expected)), (codec, name)
 
 
-def compressors(dense: list[torch.Tensor]) -> dict[str, tuple[float, Callable[[int], object]]]:
-    """General-purpose compressors that are installed: bits per weight, and decompression."""
-    found: dict[str, tuple[float, Callable[[int], object]]] = {}
-    raw = [as_bytes(w.view(-1)).numpy().tobytes() for w in dense]
-    numel = dense[0].numel()
-    try:
-        zstandard: Any = importlib.import_module("zstandard")
-        packed = [zstandard.ZstdCompressor(level=1).compress(b) for b in raw]
-        found["zstd -1"] = (
-            8 * len(packed[0]) / numel,
-            lambda i: zstandard.ZstdDecompressor().decompress(packed[i]),
-        )
-    except ImportError:
-        pass
-    try:
-        lz4: Any = importlib.import_module("lz4.block")
-        small = [lz4.compress(b) for b in raw]
-        found["lz4"] = 8 * len(small[0]) / numel, lambda i: lz4.decompress(small[i])
-    except ImportError:
-        pass
-    return found
-
-
-def bench_random(args: argparse.Namespace, kind: str, dtype: str) -> list[dict[str, Any]]:
-    """Size and speed of everything on random matrices of one kind."""
-    dense = [random_weights(args, kind, DTYPES[dtype], seed) for seed in range(args.copies)]
-    outs = [torch.zeros_like(w) for w in dense]
-    nbytes = dense[0].nbytes
-
-    def memcpy(i: int) -> None:
-        ctypes.memmove(outs[i].data_ptr(), dense[(i + 1) % len(dense)].data_ptr(), nbytes)
-
-    runs: dict[str, Callable[[int], object]] = {"memcpy": memcpy}
-    bits: dict[str, float] = {"memcpy": 16.0}
-    encode_mb_per_s: dict[str, float] = {}
-    for codec, mask in forms(kind):
-        torch.set_num_threads(1)
+def encode_timed(dense: list[torch.Tensor], work: Callable[[torch.Tensor], Any]) -> tuple[list[Any], float]:
+    """What the work gives for each matrix, and its speed: the best, since the first meets cold memory."""
+    done, taken_s = [], []
+    for weight in dense:
         began = perf_counter()
-        packed = [encode(w, values=codec, mask=mask) for w in dense]
-        speed = nbytes * len(dense) / (perf_counter() - began) / 1e6
+        done.append(work(weight))
+        taken_s.append(perf_counter() - began)
+    return done, dense[0].nbytes / min(taken_s) / 1e6
+
+
+def codec_contenders(
+    dense: list[torch.Tensor], outs: list[torch.Tensor], kind: str
+) -> Iterator[tuple[str, Contender]]:
+    """Every codec on every backend. Encoding is by the fastest backend."""
+    for codec, mask in forms(kind):
+        packed, speed = encode_timed(dense, partial(encode, values=codec, mask=mask))
         check(dense[0], packed[0])
-        for name in (name for name in backends() if name != "reference"):
-            run = f"{codec} {name}"
-            runs[run] = partial(decode_one, packed, outs, name)
-            bits[run], encode_mb_per_s[run] = packed[0].layout.bits_per_weight, speed
-    for name, (size, decompress) in compressors(dense).items():
-        runs[name], bits[name] = decompress, size
-    bound = bound_bits_per_weight(dense)
-    rows = []
-    for threads in args.threads:
-        turns = measure(runs, args, threads)
-        for name, taken in turns.items():
-            rows.append({
-                "weights": f"{kind} {dtype}",
-                "what": name,
-                "threads": threads,
-                "bits_per_weight": bits[name],
-                "bound": bound,
-                "times_memcpy": quiet_median_s(turns["memcpy"]) / quiet_median_s(taken),
-                "gb_per_s": nbytes / quiet_median_s(taken) / 1e9,
-                "encode_mb_per_s": encode_mb_per_s.get(name),
-            })  # fmt: skip
-    return rows
+        for backend in (name for name in backends() if name != "reference"):
+            run = partial(decode_one, packed, outs, backend)
+            yield f"{codec} {backend}", Contender(run, packed[0].layout.bits_per_weight, speed)
 
 
 def decode_one(packed: list[PackedTensor], outs: list[torch.Tensor], backend: str, i: int) -> None:
     decode(packed[i], out=outs[i], backend=backend)
 
 
-def measure(
-    runs: dict[str, Callable[[int], object]], args: argparse.Namespace, threads: int
-) -> dict[str, list[Turn]]:
-    """Turns of every contender, interleaved."""
-    torch.set_num_threads(threads)
-    turns: dict[str, list[Turn]] = {name: [] for name in runs}
-    numbers = itertools.cycle(range(args.copies))
-    for round_number in range(args.rounds):
-        for name in rotated(list(runs), round_number):
-            turns[name].append(take_turn(partial(call_next, runs[name], numbers), args, threads))
-    return turns
+def compressor_contenders(dense: list[torch.Tensor], kind: str) -> Iterator[tuple[str, Contender]]:
+    numel = dense[0].numel()
+    raw = [packed_bytes(encode(w, values="raw", mask="bitmap")) for w in dense] if kind != "none" else []
+    for compressor in compressors():
+        copies, speed = encode_timed(dense, compressor.compressed_weight)
+        run = partial(compressor.decompress_all, copies)
+        yield f"{compressor.name}", Contender(run, 8 * sum(map(len, copies[0])) / numel, speed)
+        if raw and compressor.name == "zstd -1":
+            pieces = [compressor.compressed(data) for data in raw]
+            run = partial(compressor.decompress_all, pieces)
+            yield f"{compressor.name} of raw", Contender(run, 8 * sum(map(len, pieces[0])) / numel)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--cols", type=int, default=11008)
-    parser.add_argument(
-        "--kinds", nargs="+", choices=("magnitude", "wanda", "none"), default=["magnitude", "wanda", "none"]
-    )
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--turn-ms", type=float, default=60, help="how long a contender runs in each round")
-    parser.add_argument("--copies", type=int, default=2, help="matrices that take turns")
-    parser.add_argument("--no-demo", action="store_true", help="leave the demo model out")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    args = parser.parse_args()
-    print(environment_line(), flush=True)
-    demo = [] if args.no_demo else bench_demo()
-    if demo:
-        columns = [name for name in demo[0] if name != "weights"]
-        print_table(
-            ["bits per weight", *columns], [(r["weights"], *(f"{r[c]:.3f}" for c in columns)) for r in demo]
+def bench_speed(args: argparse.Namespace, kind: str, dtype: str) -> Iterator[dict[str, Any]]:
+    """Size and speed of everything on random matrices of one kind."""
+    torch.set_num_threads(1)
+    shape = (args.rows, args.cols)
+    dense = [random_weights(shape, kind, DTYPES[dtype], seed=seed) for seed in range(args.copies)]
+    outs = [torch.zeros_like(w) for w in dense]
+    nbytes, bound = dense[0].nbytes, bound_bits_per_weight(dense)
+
+    def memcpy(i: int) -> None:
+        ctypes.memmove(outs[i].data_ptr(), dense[(i + 1) % len(dense)].data_ptr(), nbytes)
+
+    contenders = {"memcpy": Contender(memcpy, 16.0), **dict(codec_contenders(dense, outs, kind))}
+    single = dict(compressor_contenders(dense, kind))  # they know one thread only
+    for threads in args.threads:
+        taking_part = contenders | (single if threads == 1 else {})
+        timings = take_turns(
+            {name: contender.run for name, contender in taking_part.items()},
+            copies=args.copies,
+            rounds=args.rounds,
+            turn_s=args.turn_ms / 1e3,
+            threads=threads,
         )
-        print(flush=True)
-    speed = [row for kind in args.kinds for dtype in args.dtypes for row in bench_random(args, kind, dtype)]
+        memcpy_s = quiet_median_s(timings["memcpy"])
+        for name, taken in timings.items():
+            yield {
+                "weights": f"{kind} {dtype}",
+                "what": name,
+                "threads": threads,
+                "bits_per_weight": taking_part[name].bits_per_weight,
+                "bound": bound,
+                "times_memcpy": memcpy_s / quiet_median_s(taken),
+                "gb_per_s": nbytes / quiet_median_s(taken) / 1e9,
+                "encode_mb_per_s": taking_part[name].encode_mb_per_s if threads == 1 else None,
+                "others": median(timing.others for timing in taken),
+            }
+
+
+# ── output ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def print_sizes(rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = [name for name in columns if name not in {"weights", "kind", "dtype"}]
     print_table(
-        ["", "weights", "threads", "b/w", "bound", "x memcpy", "GB/s", "encode MB/s"],
+        ["bits per weight", *columns],
+        [(row["weights"], *(f"{row[c]:.3f}" if c in row else "" for c in columns)) for row in rows],
+    )
+    print(flush=True)
+
+
+def print_speeds(rows: list[dict[str, Any]]) -> None:
+    print_table(
+        ["", "weights", "threads", "b/w", "bound", "x memcpy", "GB/s", "encode MB/s", "others"],
         [
             (
                 r["what"],
@@ -240,12 +324,45 @@ def main() -> None:
                 f"{r['times_memcpy']:.2f}",
                 f"{r['gb_per_s']:.1f}",
                 f"{r['encode_mb_per_s']:.0f}" if r["encode_mb_per_s"] else "",
+                f"{r['others']:.0%}",
             )
-            for r in speed
+            for r in rows
         ],
     )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rows", type=int, default=4096, help="of the matrices whose speed is measured")
+    parser.add_argument("--cols", type=int, default=11008, help="of the matrices whose speed is measured")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turn-ms", type=float, default=60, help="how long a contender runs in each round")
+    parser.add_argument("--copies", type=int, default=2, help="matrices that take turns")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    print(environment_line(), flush=True)
+    report: dict[str, Any] = {"environment": environment()}
+    for part, bench in (("demo", bench_demo), ("sizes", bench_sizes)):
+        if part in args.parts:
+            report[part] = list(bench(args))
+            print_sizes(report[part])
+    if "speed" in args.parts:
+        report["speed"] = [
+            row for kind in args.kinds for dtype in args.dtypes for row in bench_speed(args, kind, dtype)
+        ]
+        print_speeds(report["speed"])
     if args.json:
-        write_json(args.json, {"environment": environment(), "demo": demo, "speed": speed})
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

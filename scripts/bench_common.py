@@ -1,15 +1,17 @@
-"""What the benchmarks share: where they ran, memory and disk as the kernel counts them, page cache, tables.
+"""What the benchmarks share: where they ran, turns, memory and disk as the kernel counts them, tables.
 
 A number from a benchmark is worth what it says about its conditions, so each script prints
-`environment_line()`, lets its contenders take turns in one run (`rotated`), shows medians, and measures its
-bound in the same run.
+`environment_line()`, lets its contenders take turns in one run (`rotated`, `take_turns`), shows medians, and
+measures its bound in the same run.
 """
 
 from __future__ import annotations
 
 import ctypes
 import datetime as dt
+import itertools
 import json
+import math
 import mmap
 import os
 import platform
@@ -18,8 +20,9 @@ import shutil
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -27,9 +30,12 @@ from typing import Any, Self
 
 import torch
 
+from endor.formats.packed import PackedTensor
 from endor.loaders import StagingPool, cached_fraction, drop_from_page_cache
 
 MIB = 1 << 20
+CACHE_BYTES = 160_000_000
+"""More than any cache of a processor core: what takes turns and is larger together is in no cache."""
 
 __all__ = [
     "LLAMA_1B",
@@ -39,9 +45,14 @@ __all__ = [
     "DiskProbe",
     "LlamaShape",
     "MemorySampler",
+    "Timing",
     "anonymous_bytes",
+    "as_bytes",
     "build_random_llama",
     "cached_share",
+    "clock_of",
+    "clones",
+    "copies_beyond_cache",
     "drop_cache",
     "environment",
     "environment_line",
@@ -50,9 +61,13 @@ __all__ = [
     "hush_transformers",
     "median",
     "print_table",
+    "quiet_median_s",
+    "random_pruned",
     "read_from_disk_bytes",
     "rotated",
     "save_whole",
+    "take_turn",
+    "take_turns",
     "wait_for_quiet",
     "warm_cache",
     "write_json",
@@ -170,6 +185,96 @@ def wait_for_quiet(patience_s: float, *, busy_share: float = 0.1) -> float:
         if meter.foreign_share() < busy_share:
             break
     return perf_counter() - began
+
+
+# ── turns of functions that take microseconds to milliseconds ───────────────────────────────────────────────
+
+
+def random_pruned(
+    shape: tuple[int, int], *, dtype: torch.dtype, density: float = 0.5, seed: int = 0
+) -> torch.Tensor:
+    """Normally distributed weights of which a random share is kept."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(shape, generator=generator) < density
+    # Not by multiplication: that would leave -0.0, which is a value and kept.
+    return torch.where(keep, torch.randn(shape, generator=generator), torch.zeros(())).to(dtype)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as uint8, so that every NaN and every zero equals itself alone."""
+    return tensor.view(torch.uint8)
+
+
+def copies_beyond_cache(nbytes: int) -> int:
+    """How many things of this size must take turns, so that none is in a cache when its turn comes."""
+    return max(3, math.ceil(CACHE_BYTES / nbytes))
+
+
+def clones(packed: PackedTensor, copies: int) -> list[PackedTensor]:
+    """Copies that take turns, each in memory of its own."""
+    sections = packed.sections.items()
+    return [PackedTensor(packed.layout, {k: v.clone() for k, v in sections}) for _ in range(copies)]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One turn of a contender: seconds per call, and the share of the machine that others used meanwhile."""
+
+    call_s: float
+    others: float
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    """CPU time of the thread if there is one, which other processes disturb less; with more, wall time."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def take_turn(run: Callable[[], object], *, turn_s: float, threads: int) -> Timing:
+    """Call `run` until the turn's time is over. The first call, with cold address caches, does not count."""
+    clock = clock_of(threads)
+    run()
+    calls, busy, own, wall = 0, _busy_s(), time.process_time(), perf_counter()
+    began = clock()
+    while calls == 0 or perf_counter() - wall < turn_s:
+        run()
+        calls += 1
+    taken = clock() - began
+    others = _busy_s() - busy - (time.process_time() - own)
+    return Timing(taken / calls, max(0.0, others / (perf_counter() - wall) / (os.cpu_count() or 1)))
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[int], object]], *, copies: int, rounds: int, turn_s: float, threads: int
+) -> dict[str, list[Timing]]:
+    """One turn of each contender per round, in changing order.
+
+    A call gets the number of the copy whose turn it is.
+    """
+    torch.set_num_threads(threads)
+    numbers = itertools.cycle(range(copies))
+    timings: dict[str, list[Timing]] = {name: [] for name in runs}
+    for round_number in range(rounds):
+        for name in rotated(list(runs), round_number):
+            timings[name].append(
+                take_turn(partial(_call_next, runs[name], numbers), turn_s=turn_s, threads=threads)
+            )
+    return timings
+
+
+def _call_next(run: Callable[[int], object], numbers: Iterator[int]) -> None:
+    run(next(numbers))
+
+
+def _busy_s() -> float:
+    """CPU time of the whole machine so far."""
+    user, nice, system, _idle, _iowait, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
+def quiet_median_s(timings: Sequence[Timing]) -> float:
+    """Seconds per call, median over the quieter half of the turns."""
+    quiet = sorted(timings, key=lambda timing: timing.others)[: -(-len(timings) // 2)]
+    return median(timing.call_s for timing in quiet)
 
 
 # ── page cache ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,9 +18,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
-import itertools
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +28,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench_common import environment, environment_line, median, print_table, rotated, write_json
+from bench_common import (
+    Timing,
+    as_bytes,
+    clock_of,
+    environment,
+    environment_line,
+    median,
+    print_table,
+    quiet_median_s,
+    random_pruned,
+    take_turn,
+    take_turns,
+    write_json,
+)
 from endor.formats.packed import PackedTensor
 from endor.kernels import backends, decode, encode, native_backend
 from endor.kernels.openmp import parallel_address
@@ -55,22 +65,13 @@ class Matrices:
 
     @classmethod
     def random(cls, shape: tuple[int, int], dtype: torch.dtype, density: float, copies: int) -> Matrices:
-        dense = [pruned(shape, dtype, density, seed) for seed in range(copies)]
+        dense = [random_pruned(shape, dtype=dtype, density=density, seed=seed) for seed in range(copies)]
         packed = [encode(weight) for weight in dense]
         zeros = [encode(torch.zeros(shape, dtype=dtype)) for _ in range(copies)]
         out = [torch.zeros(shape, dtype=dtype) for _ in range(copies)]
         g = packed[0].layout.geometry
         bitmap = torch.zeros(g.rows, g.bitmap_row_bytes, dtype=torch.uint8)
         return cls(dense, packed, zeros, out, bitmap, torch.zeros(g.row_blocks + 1, dtype=torch.int64))
-
-
-def pruned(shape: tuple[int, int], dtype: torch.dtype, density: float, seed: int) -> torch.Tensor:
-    """Normally distributed weights of which a random share is kept."""
-    generator = torch.Generator().manual_seed(seed)
-    keep = torch.rand(shape, generator=generator) < density
-    dense = torch.randn(shape, generator=generator)
-    # Not by multiplication: that would leave -0.0, which is a value and kept.
-    return torch.where(keep, dense, torch.zeros(())).to(dtype)
 
 
 def check_bits(m: Matrices) -> None:
@@ -81,10 +82,6 @@ def check_bits(m: Matrices) -> None:
             assert torch.equal(as_bytes(packed.sections[section]), as_bytes(expected)), (name, section)
         decode(packed, out=m.out[0], backend=name)
         assert torch.equal(as_bytes(m.out[0]), as_bytes(m.dense[0])), name
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8)
 
 
 def contenders(m: Matrices) -> dict[str, Callable[[int], object]]:
@@ -120,55 +117,13 @@ def encode_again(m: Matrices, name: str, i: int) -> None:
         backend.encode(m.dense[i], "raw")
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One turn of a contender: seconds per call, and the share of the machine that others used meanwhile."""
-
-    call_s: float
-    others: float
-
-
-def busy_s() -> float:
-    """CPU time of the whole machine so far."""
-    user, nice, system, _idle, _iowait, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
-    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
-
-
-def clock_of(threads: int) -> Callable[[], float]:
-    return time.thread_time if threads == 1 else time.perf_counter
-
-
-def take_turn(run: Callable[[], object], args: argparse.Namespace, threads: int) -> Turn:
-    """Call `run` until the turn's time is over. The first call, with cold address caches, does not count."""
-    clock = clock_of(threads)
-    run()
-    calls, busy, own, wall = 0, busy_s(), time.process_time(), time.perf_counter()
-    began = clock()
-    while calls == 0 or time.perf_counter() - wall < args.turn_ms / 1e3:
-        run()
-        calls += 1
-    taken = clock() - began
-    others = busy_s() - busy - (time.process_time() - own)
-    return Turn(taken / calls, others / (time.perf_counter() - wall) / (os.cpu_count() or 1))
-
-
-def quiet_median_s(turns: list[Turn]) -> float:
-    """Median over the quieter half of the turns."""
-    quiet = sorted(turns, key=lambda turn: turn.others)[: -(-len(turns) // 2)]
-    return median(turn.call_s for turn in quiet)
-
-
 def bench_codec(args: argparse.Namespace, dtype: str, threads: int) -> list[dict[str, Any]]:
     """Medians over the rounds for one element size."""
-    torch.set_num_threads(threads)
     m = Matrices.random((args.rows, args.cols), DTYPES[dtype], args.density, args.copies)
     check_bits(m)
-    runs = contenders(m)
-    turns: dict[str, list[Turn]] = {name: [] for name in runs}
-    numbers = itertools.cycle(range(args.copies))
-    for round_number in range(args.rounds):
-        for name in rotated(list(runs), round_number):
-            turns[name].append(take_turn(partial(call_next, runs[name], numbers), args, threads))
+    turns = take_turns(
+        contenders(m), copies=args.copies, rounds=args.rounds, turn_s=args.turn_ms / 1e3, threads=threads
+    )
     memcpy, nbytes = quiet_median_s(turns["memcpy"]), m.dense[0].nbytes
     return [
         {
@@ -181,10 +136,6 @@ def bench_codec(args: argparse.Namespace, dtype: str, threads: int) -> list[dict
         }
         for name, taken in turns.items()
     ]
-
-
-def call_next(run: Callable[[int], object], numbers: Iterator[int]) -> None:
-    run(next(numbers))
 
 
 @contextmanager
@@ -204,24 +155,27 @@ def variant(*, own_threads: bool, streaming: bool) -> Iterator[None]:
 def bench_scratch(args: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
     """Decode into scratch and multiply, weight after weight: milliseconds per weight."""
     torch.set_num_threads(threads)
-    weights = [encode(pruned(SCRATCH_SHAPE, torch.bfloat16, args.density, seed)) for seed in range(8)]
+    weights = [
+        encode(random_pruned(SCRATCH_SHAPE, dtype=torch.bfloat16, density=args.density, seed=seed))
+        for seed in range(8)
+    ]
     scratch = torch.zeros(SCRATCH_SHAPE, dtype=torch.bfloat16)
     x = torch.randn(1, SCRATCH_SHAPE[1]).to(torch.bfloat16)
     kinds = [(own, streaming) for own in (False, True) for streaming in (False, True)]
-    turns: dict[tuple[bool, bool], list[tuple[Turn, float]]] = {kind: [] for kind in kinds}
+    turns: dict[tuple[bool, bool], list[tuple[Timing, float]]] = {kind: [] for kind in kinds}
     for round_number in range(args.rounds):
         for own, streaming in kinds[round_number % 4 :] + kinds[: round_number % 4]:
             with variant(own_threads=own, streaming=streaming):
                 split = Split(clock_of(threads))
                 work = partial(decode_and_multiply, weights, scratch, x, split)
-                both = take_turn(work, args, threads)
+                both = take_turn(work, turn_s=args.turn_ms / 1e3, threads=threads)
                 turns[own, streaming].append((both, split.decode_s / split.calls))
     return [
         {
             "threads_of": "own pool" if own else "torch's OpenMP",
             "stores": "streaming" if streaming else "cached",
             "threads": threads,
-            "decode_ms": 1e3 * quiet_median_s([Turn(decoding, both.others) for both, decoding in taken]),
+            "decode_ms": 1e3 * quiet_median_s([Timing(decoding, both.others) for both, decoding in taken]),
             "both_ms": 1e3 * quiet_median_s([both for both, _ in taken]) / len(weights),
             "others": median(both.others for both, _ in taken),
         }

@@ -1,28 +1,24 @@
 """Speed of y = x W^T for few rows of x: from the packed weight, from the dense one, and decoded first.
 
-    python scripts/bench_matmul.py [--threads 1 2] [--json FILE]
+    python scripts/bench_matmul.py [--codecs raw int4] [--threads 1 2] [--json FILE]
 
 Contenders, on the same bf16 weights with half of the values pruned:
 
 - `dense`: torch's F.linear on the dense weight, which is what a model that fits in memory costs;
-- `decode`: the weight decoded to scratch memory, then F.linear, which is what Endor does without this kernel;
-- one per instruction set: `endor.kernels.matmul.linear`.
+- `CODEC, decoded`: the weight decoded to scratch memory, then F.linear, which is the way without this kernel;
+- `CODEC ISA`: `endor.kernels.matmul.linear`, for every codec and instruction set for which there is code.
 
-Weights take turns, so many that they do not fit in a cache; contenders take turns too. Shown are medians over
-the quieter half of the turns, and how many times faster than dense, a median of ratios within a round. With
-one thread the thread's own CPU time is counted, which other processes disturb less; with more, wall time. The
-column `others` says how much of the machine other processes used. No speed is shown before every contender
-is within its rounding of float64.
+Copies of the weight take turns, so many that they do not fit in a cache; contenders take turns too. Shown are
+medians over the quieter half of the turns, and how many times faster than dense, a median of ratios within a
+round. With one thread the thread's own CPU time is counted, which other processes disturb less; with more,
+wall time. `others` says how much of the machine other processes used. No speed is shown before every
+contender is within its rounding of float64, for lossy codecs with the weights that they stand for.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import math
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,93 +27,82 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench_common import environment, environment_line, median, print_table, rotated, write_json
+from bench_common import (
+    Timing,
+    clones,
+    copies_beyond_cache,
+    environment,
+    environment_line,
+    median,
+    print_table,
+    quiet_median_s,
+    random_pruned,
+    take_turns,
+    write_json,
+)
+from endor.formats import CODECS
 from endor.formats.packed import PackedTensor
 from endor.kernels import decode, encode, matmul
 
 # 4096 x 11008 is a 7 B model's; the others are those of the 1.1 B model of bench_stream.py, the head last.
 SHAPES = ((4096, 11008), (2048, 2048), (256, 2048), (5632, 2048), (2048, 5632), (32000, 2048))
-CACHE_BYTES = 160_000_000
+
+Run = Callable[[int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Copies of a weight that take turns, dense and packed, and memory to decode to."""
+    """Copies of a weight that take turns, dense and packed by each codec, and memory to decode to."""
 
     dense: list[torch.Tensor]
-    packed: list[PackedTensor]
+    packed: dict[str, list[PackedTensor]]
+    decoded: dict[str, torch.Tensor]
     scratch: torch.Tensor
 
     @classmethod
-    def random(cls, shape: tuple[int, int], density: float) -> Weights:
-        generator = torch.Generator().manual_seed(0)
-        keep = torch.rand(shape, generator=generator) < density
-        # Not times `keep`: that would leave -0.0 behind, whose bits are kept.
-        weight = torch.where(keep, torch.randn(shape, generator=generator), 0.0).bfloat16()
-        packed = encode(weight, values="raw", mask="bitmap")
-        copies = max(3, math.ceil(CACHE_BYTES / packed.layout.nbytes))
-        sections = packed.sections.items()
+    def random(cls, shape: tuple[int, int], density: float, codecs: list[str]) -> Weights:
+        weight = random_pruned(shape, dtype=torch.bfloat16, density=density)
+        packed = {codec: encode(weight, values=codec, mask="bitmap") for codec in codecs}
+        copies = copies_beyond_cache(min(p.layout.nbytes for p in packed.values()))
         return cls(
             [weight.clone() for _ in range(copies)],
-            [PackedTensor(packed.layout, {k: v.clone() for k, v in sections}) for _ in range(copies)],
+            {codec: clones(p, copies) for codec, p in packed.items()},
+            {codec: decode(p) for codec, p in packed.items()},
             torch.zeros_like(weight),
         )
 
 
-def contenders(w: Weights, x: torch.Tensor, isas: list[str]) -> dict[str, Callable[[int], torch.Tensor]]:
-    """What is measured, each a function of the number of the weight whose turn it is."""
-
-    def fused(isa: str, i: int) -> torch.Tensor:
-        y = matmul.linear(x, w.packed[i], isa=isa)
-        assert y is not None
-        return y
-
-    runs: dict[str, Callable[[int], torch.Tensor]] = {
-        "dense": lambda i: F.linear(x, w.dense[i]),
-        "decode": lambda i: F.linear(x, decode(w.packed[i], out=w.scratch)),
-    }
-    return runs | {isa: partial(fused, isa) for isa in isas}
+def contenders(w: Weights, x: torch.Tensor, isas: list[str]) -> dict[str, tuple[str, Run]]:
+    """What is measured: the codec whose weights it multiplies, and a function of the number of the copy."""
+    runs: dict[str, tuple[str, Run]] = {"dense": ("", lambda i: F.linear(x, w.dense[i]))}
+    for codec, packed in w.packed.items():
+        runs[f"{codec}, decoded"] = codec, partial(_decode_first, x, packed, w.scratch)
+        for isa in isas:
+            if matmul.linear(x, packed[0], isa=isa) is not None:
+                runs[f"{codec} {isa}"] = codec, partial(_fused, x, packed, isa)
+    return runs
 
 
-def check(runs: dict[str, Callable[[int], torch.Tensor]], w: Weights, x: torch.Tensor) -> None:
+def _decode_first(x: torch.Tensor, packed: list[PackedTensor], scratch: torch.Tensor, i: int) -> torch.Tensor:
+    return F.linear(x, decode(packed[i], out=scratch))
+
+
+def _fused(x: torch.Tensor, packed: list[PackedTensor], isa: str, i: int) -> torch.Tensor:
+    y = matmul.linear(x, packed[i], isa=isa)
+    assert y is not None
+    return y
+
+
+def check(runs: dict[str, tuple[str, Run]], w: Weights, x: torch.Tensor) -> None:
     """Refuse to measure what is wrong: float32 sums, rounded to bf16 once."""
-    exact = x.double() @ w.dense[0].double().T
-    size = (x.double().square() @ w.dense[0].double().square().T).sqrt()
-    bound = 8 * 2**-23 * x.shape[1] ** 0.5 * size + 2**-8 * exact.abs()
-    for name, run in runs.items():
-        assert ((run(0).double() - exact).abs() <= bound).all(), name
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn of a contender: seconds per call, and the share of the machine that others used meanwhile."""
-
-    call_s: float
-    others: float
-
-
-def busy_s() -> float:
-    """CPU time of the whole machine so far."""
-    user, nice, system, _idle, _iowait, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
-    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
-
-
-def take_turn(run: Callable[[int], object], numbers: Iterator[int], turn_s: float, threads: int) -> Turn:
-    """Call `run` until the turn's time is over. The first call, with cold address caches, does not count."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    run(next(numbers))
-    calls, busy, own, wall = 0, busy_s(), time.process_time(), time.perf_counter()
-    began = clock()
-    while calls < 2 or time.perf_counter() - wall < turn_s:
-        run(next(numbers))
-        calls += 1
-    taken = clock() - began
-    others = busy_s() - busy - (time.process_time() - own)
-    return Turn(taken / calls, max(0.0, others / (time.perf_counter() - wall) / (os.cpu_count() or 1)))
-
-
-def quiet_half(turns: list[Turn]) -> list[Turn]:
-    return sorted(turns, key=lambda turn: turn.others)[: -(-len(turns) // 2)]
+    for codec in ("", *w.packed):
+        weight = w.decoded[codec].double() if codec else w.dense[0].double()
+        exact = x.double() @ weight.T
+        size = (x.double().square() @ weight.square().T).sqrt()
+        bound = 8 * 2**-23 * x.shape[1] ** 0.5 * size + 2**-8 * exact.abs()
+        for name, (multiplies, run) in runs.items():
+            if multiplies == codec:
+                assert ((run(0).double() - exact).abs() <= bound).all(), name
 
 
 def bench(w: Weights, rows: int, threads: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -127,25 +112,31 @@ def bench(w: Weights, rows: int, threads: int, args: argparse.Namespace) -> list
     x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
     runs = contenders(w, x, args.isas)
     check(runs, w, x)
-    turns: dict[str, list[Turn]] = {name: [] for name in runs}
-    numbers = itertools.cycle(range(len(w.dense)))
-    for round_number in range(args.rounds):
-        for name in rotated(list(runs), round_number):
-            turns[name].append(take_turn(runs[name], numbers, args.turn_ms / 1e3, threads))
+    timings = take_turns(
+        {name: run for name, (_, run) in runs.items()},
+        copies=len(w.dense),
+        rounds=args.rounds,
+        turn_s=args.turn_ms / 1e3,
+        threads=threads,
+    )
     return [
         {
             "shape": list(shape),
             "batch": rows,
             "threads": threads,
             "what": name,
-            "ms": 1e3 * median(turn.call_s for turn in quiet_half(taken)),
-            "times_dense": median(
-                dense.call_s / turn.call_s for dense, turn in zip(turns["dense"], taken, strict=True)
-            ),
-            "others": median(turn.others for turn in taken),
+            "codec": runs[name][0],
+            "ms": 1e3 * quiet_median_s(taken),
+            "times_dense": times_faster(taken, timings["dense"]),
+            "others": median(timing.others for timing in taken),
         }
-        for name, taken in turns.items()
+        for name, taken in timings.items()
     ]
+
+
+def times_faster(taken: list[Timing], dense: list[Timing]) -> float:
+    """Median of the ratios within a round."""
+    return median(theirs.call_s / ours.call_s for theirs, ours in zip(dense, taken, strict=True))
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -154,17 +145,14 @@ def show(results: list[dict[str, Any]]) -> None:
     for r in results:
         lines.setdefault((*r["shape"], r["batch"], r["threads"]), {})[r["what"]] = r
     print_table(
-        ["shape", "batch", "threads", *(f"{name} ms" for name in names), "others"],
+        ["shape", "batch", "threads", "dense ms", *names[1:], "others"],
         [
             (
                 f"{key[0]} x {key[1]}",
                 str(key[2]),
                 str(key[3]),
-                *(
-                    f"{cells[name]['ms']:.3f}"
-                    + ("" if name == "dense" else f" ({cells[name]['times_dense']:.2f}x)")
-                    for name in names
-                ),
+                f"{cells['dense']['ms']:.3f}",
+                *(f"{cells[name]['times_dense']:.2f}x" if name in cells else "" for name in names[1:]),
                 f"{median(cell['others'] for cell in cells.values()):.0%}",
             )
             for key, cells in lines.items()
@@ -183,11 +171,12 @@ def main() -> None:
     )
     known = matmul.instruction_sets()
     parser.add_argument("--shapes", nargs="+", type=parse_shape, default=SHAPES, metavar="ROWSxCOLS")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--density", type=float, default=0.5)
+    parser.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS))
     parser.add_argument(
-        "--isas", nargs="+", choices=known, default=[name for name in known if name != "scalar"]
+        "--isas", nargs="+", choices=known, default=list(known[:1]), help="default: the fastest"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turn-ms", type=float, default=20, help="how long a contender runs in each round")
@@ -198,7 +187,7 @@ def main() -> None:
     print(environment_line(), flush=True)
     results = []
     for shape in args.shapes:
-        weights = Weights.random(shape, args.density)
+        weights = Weights.random(shape, args.density, args.codecs)
         results += [
             line for n in args.threads for rows in args.batch for line in bench(weights, rows, n, args)
         ]
