@@ -52,7 +52,8 @@ def _sparsity(ctx: click.Context, param: click.Parameter, value: float | None) -
     type=click.Choice(["auto", "raw", "exponent", "int8", "int4"]),
     default="auto",
     show_default=True,
-    help="How kept values are stored: auto is the smallest lossless way per tensor; int8 and int4 lose.",
+    help="How kept values are stored: auto is the smallest lossless way per tensor; int8 and int4 lose. "
+    "Linear weights that are not pruned, such as the head, are losslessly coded in any case but raw.",
 )
 @click.option(
     "--calibration",
@@ -86,7 +87,10 @@ def _sparsity(ctx: click.Context, param: click.Parameter, value: float | None) -
     help="Names of tensors to prune, e.g. '*.mlp.*'; repeatable.  [default: the blocks' Linear weights]",
 )
 @click.option(
-    "--exclude", multiple=True, metavar="PATTERN", help="Names of tensors not to prune; repeatable."
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Names of tensors not to prune, only to code losslessly; repeatable.",
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted conversion.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint or interrupted conversion in OUT.")

@@ -67,11 +67,20 @@ def _select(checkpoint: CheckpointReader, name: str | None) -> list[TensorEntry]
         raise LoadError(str(error.args[0])) from None
 
 
+def _encoded(entries: Sequence[TensorEntry]) -> tuple[list[TensorEntry], list[TensorEntry]]:
+    """The encoded entries in two parts: those with a bitmap, and those without, such as a head.
+
+    Where none has a bitmap, nothing was pruned, and the first part is all of them.
+    """
+    encoded = [entry for entry in entries if not entry.layout.is_plain]
+    bitmaps = [entry for entry in encoded if entry.layout.mask == "bitmap"]
+    return (bitmaps, [e for e in encoded if e.layout.mask != "bitmap"]) if bitmaps else (encoded, [])
+
+
 def _bits_per_weight(entries: Sequence[TensorEntry]) -> float | None:
-    """Bits per weight of the encoded entries, all their sections included; None if nothing is encoded."""
-    encoded = [entry.layout for entry in entries if not entry.layout.is_plain]
-    weights = sum(layout.geometry.numel for layout in encoded)
-    return 8 * sum(layout.nbytes for layout in encoded) / weights if weights else None
+    """Bits per weight of some entries, all their sections included; None of no weight."""
+    weights = sum(entry.layout.geometry.numel for entry in entries)
+    return 8 * sum(entry.layout.nbytes for entry in entries) / weights if weights else None
 
 
 def _is_lossless(entries: Sequence[TensorEntry]) -> bool:
@@ -86,7 +95,7 @@ def _as_json(checkpoint: CheckpointReader, entries: Sequence[TensorEntry]) -> di
     return {
         "format_version": FORMAT_VERSION,
         "tensors": [_tensor_json(entry) for entry in entries],
-        "bits_per_weight": _bits_per_weight(entries),
+        "bits_per_weight": _bits_per_weight(_encoded(entries)[0]),
         "bytes": checkpoint.file_bytes,
         "lossless": _is_lossless(entries),
     }
@@ -174,19 +183,26 @@ def _print_sections(checkpoint: CheckpointReader, entry: TensorEntry) -> None:
 def _summary(checkpoint: CheckpointReader) -> str:
     """The last lines: totals of the whole checkpoint."""
     entries = list(checkpoint.entries.values())
-    encoded = [entry for entry in entries if not entry.layout.is_plain]
     files = len({home.file for home in checkpoint.blocks})
     dense_bytes = sum(entry.layout.dense_bytes for entry in entries)
     where = f"{_count(len(checkpoint.blocks), 'block')} and {_count(files, 'file')}"
     sizes = f"{format_size(checkpoint.file_bytes)}, dense {format_size(dense_bytes)}"
     lines = ["", f"{_count(len(entries), 'tensor')} in {where}: {sizes}"]
-    bits = _bits_per_weight(entries)
+    first, coded = _encoded(entries)
+    bits = _bits_per_weight(first)
     if bits is not None:
-        weights = sum(entry.layout.geometry.numel for entry in encoded)
-        zeros = 100 * (1 - sum(entry.layout.nnz for entry in encoded) / weights)
-        kind = "lossless: the weights come back bit for bit" if _is_lossless(entries) else "lossy"
-        lines.append(f"{len(encoded)} encoded: {bits:.3f} bits per weight, {zeros:.1f} % zeros, {kind}")
+        weights = sum(entry.layout.geometry.numel for entry in first)
+        zeros = 100 * (1 - sum(entry.layout.nnz for entry in first) / weights)
+        kind = _kind(first)
+        lines.append(f"{len(first)} encoded: {bits:.3f} bits per weight, {zeros:.1f} % zeros, {kind}")
+    if coded:
+        bits = _bits_per_weight(coded)
+        lines.append(f"{len(coded)} more without a bitmap: {bits:.3f} bits per weight, {_kind(coded)}")
     return "\n".join(lines)
+
+
+def _kind(entries: Sequence[TensorEntry]) -> str:
+    return "lossless: the weights come back bit for bit" if _is_lossless(entries) else "lossy"
 
 
 def _count(n: int, what: str) -> str:

@@ -70,6 +70,7 @@ class ModelTree:
         blocks: every block, in execution order; a tied tensor stands in the block of the tensor it is tied
             to.
         linears: the matrices of the repeated blocks by name.
+        linear_names: names of the weights of all Linears, such as a head that is not tied.
     """
 
     model: PreTrainedModel
@@ -82,6 +83,11 @@ class ModelTree:
     def linears(self) -> Mapping[str, LinearWeight]:
         found = (w for b in self.blocks if b.repeated for w in _linear_weights(self.model, b))
         return {weight.name: weight for weight in found}
+
+    @cached_property
+    def linear_names(self) -> frozenset[str]:
+        found = (w for b in self.blocks for w in _linear_weights(self.model, b))
+        return frozenset(weight.name for weight in found if not weight.fused)
 
 
 def build_model_tree(directory: Path, config: Mapping[str, Any]) -> ModelTree:

@@ -51,7 +51,8 @@ class ConvertOptions:
         method: name of the criterion, or `none`.
         sparsity: share of the weights that go.
         pattern: `unstructured` or `N:M`.
-        values: name of a codec, or `auto`.
+        values: name of a codec, or `auto`. Other Linear weights than those selected, such as a head that is
+            not tied, are losslessly coded whatever it says, but for `raw`.
         calibration: what a criterion that needs activations sees.
         memory: bound on resident memory in bytes; None is the largest tensor x 4 + 1 GiB.
         shard_bytes: size a shard does not exceed unless a single block does.

@@ -45,24 +45,29 @@ def prune_linear_(
 
 
 def pack(tensor: TensorPlan, weight: torch.Tensor, values: str) -> Packed:
-    """The tensor as it is written: packed if it was selected, plain otherwise."""
-    form = pack_verified(tensor.name, weight, values=values) if tensor.linear is not None else plain(weight)
-    return tensor, form
+    """The tensor as it is written: packed if it was selected, losslessly coded if it is another Linear's,
+    plain otherwise."""
+    if tensor.linear is not None:
+        return tensor, pack_verified(tensor.name, weight, values=values)
+    if tensor.coded:
+        return tensor, pack_verified(tensor.name, weight, values="auto", mask="dense")
+    return tensor, plain(weight)
 
 
-def pack_verified(name: str, weight: torch.Tensor, *, values: str) -> PackedTensor:
-    """The smallest packed form of `weight` that `values` allows; plain where nothing is smaller.
+def pack_verified(name: str, weight: torch.Tensor, *, values: str, mask: str = "auto") -> PackedTensor:
+    """The smallest packed form of `weight` that `values` and `mask` allow; plain where nothing is smaller.
 
     Args:
         name: for messages.
         weight: contiguous, on the CPU; kept by the result if plain.
         values: name of a codec, or `auto` for every lossless one.
+        mask: `bitmap`, `dense`, or `auto` for both.
 
     Raises ConvertError if decoding does not give the bits of `weight` back.
     """
     best = plain(weight)
-    if values == "auto" or any(CODECS[values].supports(weight.dtype, mask) for mask in MASKS):
-        packed = encode_smallest(weight, values=values)
+    if values == "auto" or any(CODECS[values].supports(weight.dtype, form) for form in MASKS):
+        packed = encode_smallest(weight, values=values, mask=mask)
         if packed.layout.nbytes < best.layout.nbytes:
             best = packed
     if not best.layout.is_plain and CODECS[best.layout.codec].lossless:

@@ -76,7 +76,8 @@ def convert(
         method: `wanda`, `magnitude`, or `none` to keep every weight.
         sparsity: share of the weights that go, 0.5 by default; fixed by an N:M pattern.
         pattern: `unstructured`, `2:4` or `4:8` along the input dimension.
-        values: codec of what stays; `auto` takes the smallest lossless one.
+        values: codec of what stays; `auto` takes the smallest lossless one. But for `raw`, Linear weights
+            that are not pruned (a head that is not tied, what `exclude` names) are losslessly coded.
         calibration: text file (documents separated by blank lines) or .jsonl with `text`; default: the text
             that ships.
         samples: number of calibration sequences.

@@ -25,9 +25,11 @@ __all__ = ["BlockPlan", "ConversionPlan", "Packed", "ShardPlan", "TensorPlan", "
 
 _SECTIONS_AT_MOST = 8
 # A pruned tensor of 16-bit values is in memory with its scores, a copy of them to select in, and the mask;
-# later with
-# its packed form and the decoded one. Both stay below four times the tensor.
+# later with its packed form and the decoded one. Both stay below four times the tensor.
 _SELECTED_COST = 4
+# One that is only coded is in memory with its coded form and what coding it takes: 2.5 times the tensor was
+# measured for codec `exponent`, 3 where coding does not pay.
+_CODED_COST = 3
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class TensorPlan:
         recipe: how it is made from the source; gives name, shape and dtype.
         aliases: names of tensors tied to it.
         linear: set if the tensor is to be pruned and packed.
+        coded: whether it is not pruned, but losslessly coded.
         stored_bytes: how many bytes its sections have at most.
     """
 
     recipe: Recipe
     aliases: tuple[str, ...]
     linear: LinearWeight | None
+    coded: bool
     stored_bytes: int
 
     @property
@@ -54,7 +58,8 @@ class TensorPlan:
     def memory_bytes(self) -> int:
         """Memory that making, pruning and packing it takes."""
         made = self.recipe.nbytes + (self.recipe.source_bytes if self.recipe.merge else 0)
-        return max(made, self.recipe.nbytes * (_SELECTED_COST if self.linear else 1))
+        cost = _SELECTED_COST if self.linear else _CODED_COST if self.coded else 1
+        return max(made, self.recipe.nbytes * cost)
 
 
 Packed = tuple[TensorPlan, PackedTensor]
@@ -127,7 +132,7 @@ def plan_conversion(
     blocks = []
     for block in tree.blocks:
         tensors = tuple(
-            _plan_tensor(recipes[name], tuple(aliases.get(name, ())), selected.get(name), options)
+            _plan_tensor(tree, recipes[name], tuple(aliases.get(name, ())), selected.get(name), options)
             for name in block.tensors
             if name in recipes
         )
@@ -193,13 +198,19 @@ def _sample(tree: ModelTree) -> str:
 
 
 def _plan_tensor(
-    recipe: Recipe, aliases: tuple[str, ...], linear: LinearWeight | None, options: ConvertOptions
+    tree: ModelTree,
+    recipe: Recipe,
+    aliases: tuple[str, ...],
+    linear: LinearWeight | None,
+    options: ConvertOptions,
 ) -> TensorPlan:
     stored = recipe.nbytes
     if linear is not None and options.criterion is not None:
         kept = _kept_at_most(recipe, linear, options.criterion, options)
         stored = min(stored, TensorLayout(recipe.shape, recipe.dtype, "bitmap", "raw", kept).nbytes)
-    return TensorPlan(recipe, aliases, linear, stored)
+    # A tied weight is also looked up by rows or used elsewhere: it is decoded once, when it is loaded.
+    coded = linear is None and not aliases and recipe.name in tree.linear_names and options.values != "raw"
+    return TensorPlan(recipe, aliases, linear, coded, stored)
 
 
 def _kept_at_most(recipe: Recipe, linear: LinearWeight, criterion: Criterion, options: ConvertOptions) -> int:

@@ -42,7 +42,8 @@ class ConvertReport:
         pruned_tensors: number of those that were selected to be pruned and packed.
         source_bytes: of the tensors as the source has them.
         output_bytes: of the shards.
-        bits_per_weight: all sections of the selected tensors, per weight.
+        bits_per_weight: all sections of the selected tensors, per weight. A Linear weight that is not pruned
+            but losslessly coded, such as a head, does not count here; in `output_bytes` it does.
         sparsity: share of zeros among the weights of the selected tensors.
         seconds: from the first look at the source to the last write.
     """

@@ -52,6 +52,32 @@ def test_bits_per_weight_is_null_where_nothing_is_encoded(run_command: Run, tmp_
     assert "encoded" not in run_command("endor", "inspect", tmp_path).stdout
 
 
+def test_a_head_that_is_only_coded_has_its_own_line_of_bits_per_weight(
+    run_command: Run, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    layer = encode(pruned(64, 64))
+    head = encode(torch.randn(300, 64).bfloat16(), values="exponent", mask="dense")
+    write_checkpoint(tmp_path, [{"l": {"l.w": layer}}, {"head": {"head.w": head}}])
+    lines = run_command("endor", "inspect", tmp_path).stdout.splitlines()
+    assert f"1 encoded: {layer.layout.bits_per_weight:.3f} bits per weight" in lines[-2]
+    assert lines[-1].startswith(f"1 more without a bitmap: {head.layout.bits_per_weight:.3f} bits per weight")
+    found = json.loads(run_command("endor", "inspect", tmp_path, "--json").stdout)
+    assert found["bits_per_weight"] == layer.layout.bits_per_weight
+
+
+def test_bits_per_weight_is_over_all_that_is_encoded_where_nothing_is_pruned(
+    run_command: Run, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    packed = [encode(torch.randn(n, 64).bfloat16(), values="exponent", mask="dense") for n in (64, 300)]
+    write_checkpoint(tmp_path, [{"l": {"l.w": packed[0]}}, {"head": {"head.w": packed[1]}}])
+    bits = 8 * sum(p.layout.nbytes for p in packed) / (364 * 64)
+    found = json.loads(run_command("endor", "inspect", tmp_path, "--json").stdout)
+    assert found["bits_per_weight"] == pytest.approx(bits)
+    assert "2 encoded" in run_command("endor", "inspect", tmp_path).stdout.splitlines()[-1]
+
+
 def test_the_table_has_a_row_per_kind_of_tensor_and_totals(run_command: Run, tmp_path: Path) -> None:
     """Hundreds of layers must not scroll what matters away."""
     packed = encode(pruned(8, 64))
