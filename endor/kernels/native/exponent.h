@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <new>
 
 #include "bitmap.h"
 
@@ -26,35 +28,47 @@ struct Levels {
     int table_bytes() const { return 3 * pairs + singles; }
 };
 
+// Where the bits of an exponent stand in the higher byte of a weight; of a bfloat16 the lowest one, which belongs to the
+// lower byte, comes to stand where the sign will be. Kernels know exponents only like this.
+inline uint8_t placed(uint8_t exponent, bool float16) {
+    return static_cast<uint8_t>(float16 ? (exponent & 0x1F) << 2 : exponent >> 1 | exponent << 7);
+}
+
 // One level of one record.
 struct Level {
     const uint8_t* planes;
-    int64_t count;         // values that reach it
-    const uint8_t* table;  // the exponents it names
+    int64_t count;     // values that reach it
+    uint8_t named[3];  // the exponents it names, placed
 
     int64_t stride() const { return (count + 7) / 8; }
 };
 
-// What is left of 16 bits without the exponent: of values that follow one another.
-struct Heads {
-    const uint8_t* sign_mantissa;
-    const uint8_t* low;      // float16: the byte with the first value's lowest mantissa bits
-    const uint8_t* low_end;
-    int low_shift;           // bits of that byte that belong to values before
+// A record that has been checked, and how far its values are read. 64 bytes may be read at `next`, at the next value's
+// byte of `sign_mantissa`, and (32) at the byte with its bits of `low`, as long as values are taken as the mask says.
+struct RecordCursor {
+    const uint8_t* planes[2];  // of the first level; both the same if it has one
+    uint8_t named[3];          // the exponents that it names, placed
+    const uint8_t* next;       // the exponents of the values that it sends on, placed
+    const uint8_t* sign_mantissa;  // of the record's first value
+    const uint8_t* low;            // float16: the byte with that value's lowest mantissa bits
+    int low_shift;                 // bits of that byte that belong to values before
+    int64_t value;                 // values taken so far
 };
 
-// Values [first, stop) of a first level as bits; `first` is a multiple of 64, and `stop` too or the end. Returns where
-// `next` comes to stand.
-using JoinValues = const uint8_t* (*)(const Level& level, const uint8_t* next, const Heads& heads, int64_t first,
-                                      int64_t stop, uint16_t* out, bool streaming);
-
-// The loops of one instruction set; arrays are indexed by the planes of the level less one.
+// The loops of one instruction set; arrays are indexed by the planes of the level less one, and by whether values are
+// float16.
 struct ExponentKernels {
     // Bits that are set in all planes: the values that go on.
     int64_t (*escapes[2])(const Level& level);
-    // The exponents of all values; reads 64 bytes wherever `next` comes to stand, writes whole vectors of 64.
+    // Places exponents.
+    void (*place[2])(const uint8_t* exponents, int64_t count, uint8_t* out);
+    // The exponents of all values of a level; reads 64 bytes wherever `next` comes to stand, writes whole vectors of 64.
     void (*exponents[2])(const Level& level, const uint8_t* next, uint8_t* out);
-    JoinValues join[2][2];  // and by whether values are float16
+    // The next rows under a bitmap that keeps no more values than the record has left.
+    void (*rows[2][2])(RecordCursor& cursor, const uint8_t* bitmap, uint8_t* out, int64_t rows, int64_t cols,
+                       bool streaming);
+    // All `count` values of a record.
+    void (*values[2][2])(RecordCursor& cursor, int64_t count, uint16_t* out, bool streaming);
 };
 
 const ExponentKernels* avx512_exponent_kernels();
@@ -73,6 +87,28 @@ struct ExponentDecodeJob {
     const uint8_t* sign_mantissa;
     const uint8_t* mantissa_low;
 };
+
+// Memory that an open record needs: on the stack, or on the heap for rows that are unusually long.
+class RecordScratch {
+   public:
+    // `bytes` at once, nullptr without memory.
+    uint8_t* reserve(int64_t bytes) {
+        if (bytes <= kInside) return inside_;
+        heap_.reset(new (std::nothrow) uint8_t[static_cast<size_t>(bytes)]);
+        return heap_.get();
+    }
+
+   private:
+    static constexpr int64_t kInside = 8192;
+
+    alignas(64) uint8_t inside_[kInside];
+    std::unique_ptr<uint8_t[]> heap_;
+};
+
+// Checks the record of a row block with values [start, stop), of which the mask has been checked, and makes a cursor at
+// its first value that is valid as long as `scratch` is. Returns -1, kBadRecord or kNoMemory.
+int64_t open_record(const ExponentDecodeJob& job, int64_t block, int64_t start, int64_t stop, RecordScratch& scratch,
+                    RecordCursor& cursor);
 
 // As `decode` of a bitmap; kBadRecord for a record that is not what it should be, kNoMemory.
 int64_t decode_exponent(const ExponentDecodeJob& job, int threads);

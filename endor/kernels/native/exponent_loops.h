@@ -1,16 +1,20 @@
-// The loops over levels that every instruction set shares. The including file defines ENDOR_TARGET and
-// `struct ExponentIsa` with these operations on 64 values:
+// The loops over levels and rows that every instruction set shares. The including file defines ENDOR_TARGET and
+// `struct ExponentIsa` with these operations on 64 values; exponents are placed everywhere (exponent.h):
 //
 //   Vector                                                   64 exponents
-//   struct Table; static Table load_table<kPlanes>(table)    what `exponents` needs of the table
+//   struct Table; static Table load_table<kPlanes>(named)    what `exponents` needs of the exponents that a level names
 //   static Vector exponents<kPlanes>(a, b, table, next)      of values whose plane bits are a and b; `next` moves on
+//   static Vector place<kFloat16>(const uint8_t*)            64 exponents as they stand in a record
 //   static void store(Vector, uint8_t* out)
 //   static int64_t count(a, b, words)                        bits set in both
 //   static void join<kFloat16, kStream>(Vector, const uint8_t* sign_mantissa, const uint8_t* low, int shift, uint16_t* out)
 //                                                            may read 64 and, at low, 32 bytes
+//   class Cursor<kPlanes, kFloat16>                          made of a RecordCursor, which `record()` gives back
+//   static void take<kStream>(Cursor&, uint64_t word, uint16_t* out)   the next 64 columns, of which `word` keeps some
 //
-// A record is decoded from its last level to its first: what a level sends on is then a run of exponents that already
-// lies in memory, to be expanded into the gaps that the level leaves. No level branches on its bits.
+// A record is decoded from its last level to its second: what a level sends on is then a run of exponents that already
+// lies in memory, to be expanded into the gaps that the level leaves. The first level is taken together with mask, sign
+// and mantissa, column by column. Nothing branches on bits.
 
 namespace endor {
 namespace {
@@ -40,11 +44,18 @@ ENDOR_TARGET int64_t count_escapes(const Level& level) {
     return found;
 }
 
+template <bool kFloat16>
+ENDOR_TARGET void place_exponents(const uint8_t* exponents, int64_t count, uint8_t* out) {
+    for (int64_t i = 0; i < count; i += 64) {
+        ExponentIsa::store(ExponentIsa::template place<kFloat16>(exponents + i), out + i);
+    }
+}
+
 template <int kPlanes>
 ENDOR_TARGET void level_exponents(const Level& level, const uint8_t* next, uint8_t* out) {
     const uint8_t* const a = level.planes;
     const uint8_t* const b = level.planes + (kPlanes - 1) * level.stride();
-    const auto table = ExponentIsa::template load_table<kPlanes>(level.table);
+    const auto table = ExponentIsa::template load_table<kPlanes>(level.named);
     int64_t i = 0;
     for (; i + 64 <= level.count; i += 64) {
         ExponentIsa::store(
@@ -57,76 +68,92 @@ ENDOR_TARGET void level_exponents(const Level& level, const uint8_t* next, uint8
     }
 }
 
-constexpr int64_t kLowReach = 32;
-
-// 64 values' low bits where a vector would reach over the end of their section.
-ENDOR_TARGET inline void copy_low(const uint8_t* low, const uint8_t* end, uint8_t* out) {
-    const int64_t there = end - low;
-    std::memset(out, 0, kLowReach);
-    if (there > 0) std::memcpy(out, low, there < kLowReach ? there : kLowReach);
+inline void prefetch_at(const void* from, uintptr_t bytes) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + bytes));
 }
 
-template <bool kFloat16, bool kStream, class V>
-ENDOR_TARGET inline void join_full(V exponents, const Heads& heads, int64_t i, uint16_t* out) {
-    if constexpr (kFloat16) {
-        const uint8_t* const low = heads.low + i / 64 * 24;
-        if (heads.low_end - low >= kLowReach) {
-            ExponentIsa::template join<true, kStream>(exponents, heads.sign_mantissa + i, low, heads.low_shift, out);
-        } else {
-            uint8_t copy[kLowReach];
-            copy_low(low, heads.low_end, copy);
-            ExponentIsa::template join<true, kStream>(exponents, heads.sign_mantissa + i, copy, heads.low_shift, out);
-        }
-    } else {
-        ExponentIsa::template join<false, kStream>(exponents, heads.sign_mantissa + i, nullptr, 0, out);
-    }
-}
+constexpr uintptr_t kPrefetchBytes = 2048;
 
-template <bool kFloat16, class V>
-ENDOR_TARGET __attribute__((noinline)) void join_last(V exponents, const Heads& heads, int64_t i, int64_t left,
-                                                      uint16_t* out) {
-    alignas(64) uint8_t heads_copy[64] = {}, low_copy[kLowReach] = {};
-    alignas(64) uint16_t values[64];
-    std::memcpy(heads_copy, heads.sign_mantissa + i, left);
-    if constexpr (kFloat16) copy_low(heads.low + i / 64 * 24, heads.low_end, low_copy);
-    ExponentIsa::template join<kFloat16, false>(exponents, heads_copy, low_copy, heads.low_shift, values);
-    std::memcpy(out, values, left * 2);
+// Non-temporal stores exist for whole aligned vectors only.
+inline bool can_stream(const void* out, int64_t rows, int64_t cols) {
+    return reinterpret_cast<uintptr_t>(out) % 64 == 0 && (rows == 1 || cols % 32 == 0);
 }
 
 template <int kPlanes, bool kFloat16, bool kStream>
-ENDOR_TARGET const uint8_t* join_range(const Level& level, const uint8_t* next, const Heads& heads, int64_t first,
-                                       int64_t stop, uint16_t* out) {
-    constexpr uintptr_t kPrefetchBytes = 2048;
-    const uint8_t* const a = level.planes;
-    const uint8_t* const b = level.planes + (kPlanes - 1) * level.stride();
-    const auto table = ExponentIsa::template load_table<kPlanes>(level.table);
-    int64_t i = first;
-    for (; i + 64 <= stop; i += 64, out += 64) {
-        __builtin_prefetch(
-            reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(heads.sign_mantissa) + i + kPrefetchBytes));
-        const auto exponents =
-            ExponentIsa::template exponents<kPlanes>(load_bits(a + i / 8), load_bits(b + i / 8), table, next);
-        join_full<kFloat16, kStream>(exponents, heads, i, out);
+ENDOR_TARGET void expand_words(RecordCursor& record, const uint8_t* bitmap, uint16_t* out, int64_t rows, int64_t cols) {
+    typename ExponentIsa::template Cursor<kPlanes, kFloat16> cursor(record);
+    for (int64_t row = 0; row < rows; ++row) {
+        int64_t left = cols;
+        for (; left >= kWordBits; left -= kWordBits, bitmap += 8, out += kWordBits) {
+            prefetch_at(cursor.record().sign_mantissa, static_cast<uintptr_t>(cursor.record().value) + kPrefetchBytes);
+            ExponentIsa::template take<kStream>(cursor, load_bits(bitmap), out);
+        }
+        if (left) {
+            alignas(64) uint16_t buffer[kWordBits];
+            ExponentIsa::template take<false>(cursor, load_bits(bitmap), buffer);
+            std::memcpy(out, buffer, left * sizeof *out);
+            bitmap += 8;
+            out += left;
+        }
     }
-    if (const int64_t left = stop - i) {
-        const auto exponents = ExponentIsa::template exponents<kPlanes>(load_last_bits(a + i / 8, left),
-                                                                        load_last_bits(b + i / 8, left), table, next);
-        join_last<kFloat16>(exponents, heads, i, left, out);
-    }
-    return next;
+    record = cursor.record();
 }
 
 template <int kPlanes, bool kFloat16>
-ENDOR_TARGET const uint8_t* join_values(const Level& level, const uint8_t* next, const Heads& heads, int64_t first,
-                                        int64_t stop, uint16_t* out, bool streaming) {
-    return streaming ? join_range<kPlanes, kFloat16, true>(level, next, heads, first, stop, out)
-                     : join_range<kPlanes, kFloat16, false>(level, next, heads, first, stop, out);
+ENDOR_TARGET void expand_rows(RecordCursor& record, const uint8_t* bitmap, uint8_t* out, int64_t rows, int64_t cols,
+                              bool streaming) {
+    uint16_t* const to = reinterpret_cast<uint16_t*>(out);
+    if (cols % kWordBits == 0) {  // rows without padding are one long row
+        cols *= rows;
+        rows = rows ? 1 : 0;
+    }
+    if (streaming && can_stream(out, rows, cols)) {
+        expand_words<kPlanes, kFloat16, true>(record, bitmap, to, rows, cols);
+    } else {
+        expand_words<kPlanes, kFloat16, false>(record, bitmap, to, rows, cols);
+    }
+}
+
+// Without gaps: the bits of the planes are the bits of the columns.
+template <int kPlanes, bool kFloat16, bool kStream>
+ENDOR_TARGET void join_values(RecordCursor& record, int64_t count, uint16_t* out) {
+    const auto table = ExponentIsa::template load_table<kPlanes>(record.named);
+    const uint8_t *a = record.planes[0], *b = record.planes[1], *next = record.next;
+    const uint8_t *heads = record.sign_mantissa, *low = record.low;
+    int64_t i = 0;
+    for (; i + 64 <= count; i += 64) {
+        prefetch_at(heads, kPrefetchBytes);
+        const auto exponents = ExponentIsa::template exponents<kPlanes>(load_bits(a), load_bits(b), table, next);
+        ExponentIsa::template join<kFloat16, kStream>(exponents, heads, low, record.low_shift, out + i);
+        a += 8, b += 8, heads += 64;
+        if constexpr (kFloat16) low += 24;
+    }
+    if (const int64_t left = count - i) {
+        alignas(64) uint16_t buffer[64];
+        const auto exponents =
+            ExponentIsa::template exponents<kPlanes>(load_last_bits(a, left), load_last_bits(b, left), table, next);
+        ExponentIsa::template join<kFloat16, false>(exponents, heads, low, record.low_shift, buffer);
+        std::memcpy(out + i, buffer, left * sizeof *out);
+    }
+    record.next = next;
+    record.value = count;
+}
+
+template <int kPlanes, bool kFloat16>
+ENDOR_TARGET void all_values(RecordCursor& record, int64_t count, uint16_t* out, bool streaming) {
+    if (streaming && can_stream(out, 1, count)) {
+        join_values<kPlanes, kFloat16, true>(record, count, out);
+    } else {
+        join_values<kPlanes, kFloat16, false>(record, count, out);
+    }
 }
 
 constexpr ExponentKernels make_exponent_kernels() {
     return {{count_escapes<1>, count_escapes<2>},
+            {place_exponents<false>, place_exponents<true>},
             {level_exponents<1>, level_exponents<2>},
-            {{join_values<1, false>, join_values<1, true>}, {join_values<2, false>, join_values<2, true>}}};
+            {{expand_rows<1, false>, expand_rows<1, true>}, {expand_rows<2, false>, expand_rows<2, true>}},
+            {{all_values<1, false>, all_values<1, true>}, {all_values<2, false>, all_values<2, true>}}};
 }
 
 }  // namespace
