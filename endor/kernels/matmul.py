@@ -1,17 +1,20 @@
 """`F.linear` straight from a packed weight, for few rows of x: the weight is never written to memory dense.
 
 At batch 1 a matmul costs what it costs to read the weight, and a packed weight is smaller. Each value is
-expanded into a register, multiplied with every row of x, and forgotten.
+expanded into a register, multiplied with every row of x, and forgotten; where an instruction set has no loop
+for that, a few rows of the weight at a time are decoded to memory that stays in the cache.
 
-Sums are collected in float32 and rounded once, to the dtype of x. A result is the same for any number of
-threads, and a row of x gets the same result alone as among others; it is not the same bits as `F.linear` of
-the dense weight, which adds in another order. With bfloat16 instructions (`avx512bf16`, bfloat16 x) subnormal
-numbers count as zeros.
+What is multiplied are the weights that decoding gives, for the lossy codecs too. Sums are collected in
+float32 and rounded once, to the dtype of x. A result is the same for any number of threads, and a row of x
+gets the same result alone as among others; it is not the same bits as `F.linear` of the dense weight, which
+adds in another order. With bfloat16 instructions (`avx512bf16`, bfloat16 x) subnormal numbers count as zeros.
 """
 
 from __future__ import annotations
 
 import importlib
+import weakref
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,22 +24,24 @@ from torch import Tensor
 from endor.errors import FormatError, KernelError
 from endor.formats.packed import PackedTensor
 from endor.kernels.native_backend import RULES
-from endor.kernels.native_memory import aligned
+from endor.kernels.native_exponent import exponent_arguments
+from endor.kernels.native_memory import aligned, with_aligned_sections
+from endor.kernels.native_quantized import quantized_arguments
 
 __all__ = ["MAX_ROWS", "instruction_sets", "linear", "supports"]
 
-MAX_ROWS = {"avx512bf16": 16, "avx512": 8, "avx2": 4, "scalar": 1}
-"""Rows of x up to which it is faster than decoding first. Milliseconds for 4096 x 11008, half of it kept, on
-one Zen 5 core, whose F.linear has bfloat16 instructions (`scripts/bench_matmul.py`):
-
-| rows | dense F.linear | decode, then F.linear | avx512bf16 | avx512 | avx2 |
-| ---- | -------------- | --------------------- | ---------- | ------ | ---- |
-| 1    | 5.3            | 8.3                   | 1.7        | 1.6    | 3.5  |
-| 4    | 5.0            | 8.0                   | 2.1        | 2.4    | 7.5  |
-| 8    | 5.9            | 8.5                   | 3.5        | 5.2    | 8.8  |
-| 16   | 7.2            | 10.3                  | 6.8        | 10.6   | 17.3 |
-"""
+MAX_ROWS = {
+    "avx512bf16": {"raw": 16, "exponent": 16, "int8": 16, "int4": 16},
+    "avx512": {"raw": 8, "exponent": 8, "int8": 8, "int4": 8},
+    "avx2": {"raw": 4, "exponent": 4, "int8": 4, "int4": 4},
+    "scalar": {"raw": 1, "exponent": 1, "int8": 1, "int4": 1},
+}
+"""Rows of x up to which a product is faster than decoding first, as measured: docs/design/kernels.md."""
 _X_DTYPES = (torch.bfloat16, torch.float32)
+_CODECS = {"raw": 0, "exponent": 1, "int8": 2, "int4": 2}
+"""What the extension's `matmul` calls the arguments of `_operand`."""
+_DECODE_ISAS = {"avx512bf16": "avx512"}
+"""The instruction sets of decoding that are called otherwise."""
 
 
 @cache
@@ -60,30 +65,115 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(_instruction_sets())
 
 
-def supports(x: Tensor, packed: PackedTensor) -> bool:
-    """Whether `linear` takes this product, and is the faster way to it than decode and `F.linear`."""
-    if not (_is_possible(x, packed) and _instruction_sets()):
-        return False
-    limit = MAX_ROWS[next(iter(_instruction_sets()))]
-    return x.numel() <= limit * x.shape[-1]
+@dataclass(frozen=True)
+class _Operand:
+    """A packed weight as the extension's `matmul` takes it."""
+
+    rows: int
+    cols: int
+    max_rows: int
+    codec: int
+    arguments: tuple[Any, ...]
+    packed: PackedTensor | None
+    """What owns the sections, if it is not the tensor that this was made for."""
 
 
-def _is_possible(x: Tensor, packed: PackedTensor) -> bool:
-    """Whether there is code for this product, however slow."""
+@dataclass(frozen=True)
+class _Remembered:
+    """An operand, and what it was made for: a number can be the id of one object after another."""
+
+    made_for: weakref.ref[PackedTensor]
+    operand: _Operand | None
+
+
+_operands: dict[tuple[int, str], _Remembered] = {}
+
+
+def _operand(packed: PackedTensor, isa: str) -> _Operand | None:
+    """None where there is no code for this weight. Made once: it takes as long as a small product."""
+    key = (id(packed), isa)
+    remembered = _operands.get(key)
+    if remembered is not None and remembered.made_for() is packed:
+        return remembered.operand
+    operand = _make_operand(packed, isa)
+    made_for = weakref.ref(packed, lambda _: _operands.pop(key, None))
+    _operands[key] = _Remembered(made_for, operand)
+    return operand
+
+
+def _make_operand(packed: PackedTensor, isa: str) -> _Operand | None:
     layout = packed.layout
-    return (
-        layout.codec == "raw"
-        and layout.mask == "bitmap"
+    supported = (
+        layout.codec in _CODECS
+        and not layout.is_plain
         and layout.dtype == torch.bfloat16
         and len(layout.shape) == 2
-        and x.dtype in _X_DTYPES
-        and x.device.type == "cpu"
         and packed.device.type == "cpu"
-        and x.dim() > 0
-        and x.shape[-1] == layout.shape[1]
-        and type(x) in {Tensor, torch.nn.Parameter}
-        and not torch.compiler.is_compiling()
     )
+    if not supported:
+        return None
+    own = with_aligned_sections(packed)
+    mask = _mask_arguments(own, isa)
+    if layout.codec == "raw":
+        values = own.sections["values"].data_ptr()
+        arguments = (*mask[:9], mask[9], values, *mask[10:])
+    else:
+        make = exponent_arguments if layout.codec == "exponent" else quantized_arguments
+        arguments = make(mask, own)
+    rows, cols = layout.shape
+    max_rows = MAX_ROWS[isa][layout.codec]
+    return _Operand(
+        rows, cols, max_rows, _CODECS[layout.codec], arguments, own if own is not packed else None
+    )
+
+
+def _mask_arguments(packed: PackedTensor, isa: str) -> tuple[Any, ...]:
+    """As for decoding: `parse_mask` in module.cpp. What concerns the output of a decode is zero."""
+    layout, sections = packed.layout, packed.sections
+    g = layout.geometry
+    offsets = sections.get("row_offsets")
+    decode_isa: int = _extension().isas()[_DECODE_ISAS.get(isa, isa)]
+    return (
+        decode_isa,
+        1,
+        g.rows,
+        g.cols,
+        g.row_block,
+        layout.nnz,
+        1,
+        0 if offsets is None else sections["bitmap"].data_ptr(),
+        0 if offsets is None else offsets.data_ptr(),
+        offsets is not None and offsets.dtype == torch.int64,
+        0,
+        0,
+        0,
+        False,
+    )
+
+
+def supports(x: Tensor, packed: PackedTensor) -> bool:
+    """Whether `linear` takes this product, and is the faster way to it than decode and `F.linear`."""
+    return bool(_instruction_sets()) and _possible(x, packed, None) is not None
+
+
+def _possible(x: Tensor, packed: PackedTensor, isa: str | None) -> _Operand | None:
+    """The operand, if there is code for this product, and few enough rows unless `isa` is given."""
+    if type(x) not in _TENSORS or torch.compiler.is_compiling():
+        return None
+    operand = _operand(packed, isa or _fastest())
+    if operand is None or x.dtype not in _X_DTYPES or x.device.type != "cpu" or x.dim() == 0:
+        return None
+    if x.shape[-1] != operand.cols or (isa is None and x.numel() > operand.max_rows * operand.cols):
+        return None
+    return operand
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+@cache
+def _fastest() -> str:
+    return next(iter(_instruction_sets()))
 
 
 def linear(
@@ -93,8 +183,8 @@ def linear(
 
     Args:
         x: bfloat16 or float32 [..., columns of W], few rows: MAX_ROWS.
-        packed: W, bfloat16 [rows, columns]. Contents may come from a file: whatever they say, nothing outside
-            the sections is touched.
+        packed: W, bfloat16 [rows, columns], of any codec and mask (dense and raw excepted). Contents may come
+            from a file: whatever they say, nothing outside the sections is touched.
         bias: [rows of W], of the dtype of x.
         isa: one of `instruction_sets()`, for any number of rows; the fastest by default.
 
@@ -103,34 +193,27 @@ def linear(
     Raises FormatError where the contents contradict each other, KernelError for a bias that does not fit or
     an unknown `isa`.
     """
-    if not (supports(x, packed) if isa is None else _is_possible(x, packed)):
+    if isa is None and not _instruction_sets():
         return None
-    layout, sections = packed.layout, packed.sections
-    rows, cols = layout.shape
-    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    isa_number = _isa_number(isa)
+    operand = _possible(x, packed, isa)
+    if operand is None:
+        return None
+    rows, cols = operand.rows, operand.cols
+    y = x.new_empty((*x.shape[:-1], rows))
     x_rows = x.numel() // cols if cols else y.numel() // max(rows, 1)
     if bias is not None:
         bias = _checked_bias(bias, rows, x.dtype)
     x = aligned(x.detach().contiguous())
-    row_offsets, values = aligned(sections["row_offsets"]), aligned(sections["values"])
-    extension = _extension()
-    scratch = torch.empty(extension.matmul_scratch_bytes(x_rows, cols), dtype=torch.uint8)
-    failure = extension.matmul(
-        _isa_number(isa),
+    failure = _extension().matmul(
+        isa_number,
+        operand.codec,
+        operand.arguments,
         torch.get_num_threads(),
-        rows,
-        cols,
-        layout.geometry.row_block,
-        layout.nnz,
-        sections["bitmap"].data_ptr(),
-        row_offsets.data_ptr(),
-        row_offsets.dtype == torch.int64,
-        values.data_ptr(),
         x_rows,
         x.dtype == torch.float32,
         x.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        scratch.data_ptr(),
         y.data_ptr(),
     )
     if failure >= 0:

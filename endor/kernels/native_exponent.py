@@ -12,9 +12,9 @@ from endor.formats.codecs.exponent import LOW_BITS, SLACK_BYTES, levels_of
 from endor.formats.layout import Geometry
 from endor.formats.packed import PackedTensor, offsets_dtype
 from endor.kernels.exponent_levels import choose_levels, other_bytes, record_bytes, tables_of
-from endor.kernels.native_memory import aligned
+from endor.kernels.native_memory import with_aligned_sections
 
-__all__ = ["decode_exponent", "encode_exponent"]
+__all__ = ["decode_exponent", "encode_exponent", "exponent_arguments"]
 
 
 def encode_exponent(
@@ -61,11 +61,18 @@ def encode_exponent(
 
 def decode_exponent(extension: Any, mask: tuple[Any, ...], packed: PackedTensor) -> int:
     """Decode as `mask` says. Returns -1, or what the extension found wrong."""
+    packed = with_aligned_sections(packed)
+    failure: int = extension.decode_exponent(*exponent_arguments(mask, packed))
+    return failure
+
+
+def exponent_arguments(mask: tuple[Any, ...], packed: PackedTensor) -> tuple[Any, ...]:
+    """What `decode_exponent` of the extension takes; addresses of the sections, which must be aligned."""
     layout, sections = packed.layout, packed.sections
     levels = levels_of(layout.values)
-    offsets = aligned(sections["exponent_offsets"])
+    offsets = sections["exponent_offsets"]
     low = sections["mantissa_low"].data_ptr() if LOW_BITS[layout.dtype] else 0
-    failure: int = extension.decode_exponent(
+    return (
         mask,
         levels.pairs,
         levels.singles,
@@ -77,4 +84,3 @@ def decode_exponent(extension: Any, mask: tuple[Any, ...], packed: PackedTensor)
         sections["sign_mantissa"].data_ptr(),
         low,
     )
-    return failure

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "matmul.h"
+#include "quantized.h"
 
 using namespace endor;
 
@@ -40,38 +41,78 @@ uint16_t narrowed(float value) {
     return static_cast<uint16_t>(bits >> 16);
 }
 
+constexpr int kSources = 5;  // raw, int8, int4, and int8 and int4 decoded first
+
+// A weight of small integers in one of the codecs. Scales are powers of two, so that sums of products are exact.
 struct Case {
+    int source;
     Shape shape;
+    bool mask_is_dense;
+    int64_t group_words;
     std::vector<float> dense;
     std::vector<uint64_t> bitmap;
     std::vector<int32_t> offsets;
-    std::vector<uint16_t> values;
+    std::vector<uint16_t> raw;
+    std::vector<uint8_t> codes;
+    std::vector<int8_t> codebook;
+    std::vector<uint16_t> scales;
+    int64_t nnz = 0;
+
+    bool int4() const { return source == 2 || source == 4; }
+    int64_t groups() const { return (shape.words_per_row() + group_words - 1) / group_words; }
+
+    // The next kept value: its code, and what it stands for.
+    float keep(int64_t row, int64_t col) {
+        const float scale = static_cast<float>(1 << below_scale(row, col));
+        const int64_t nibble = nnz++ % 2;
+        if (source == 0) {
+            const float value = static_cast<float>(below(9) + 1);
+            raw.push_back(narrowed(value));
+            return value;
+        }
+        if (!int4()) {
+            codes.push_back(static_cast<uint8_t>(below(256)));
+            return scale * static_cast<int8_t>(codes.back());
+        }
+        const uint8_t code = static_cast<uint8_t>(below(16));
+        if (nibble == 0) codes.push_back(0);
+        codes.back() |= static_cast<uint8_t>(code << 4 * nibble);
+        return scale * codebook[code];
+    }
+
+    int below_scale(int64_t row, int64_t col) const {
+        return (scales[row * groups() + col / (group_words * kWordBits)] >> 7) - 127;
+    }
 };
 
 Case random_case() {
     Case c;
     const int64_t widths[] = {0, 1, 63, 64, 65, 127, 128, 200, 513};
+    c.source = static_cast<int>(below(kSources));
     c.shape = {below(40), widths[below(9)], int64_t{1} << below(4)};
-    const int64_t words = c.shape.words_per_row(), density = below(5) * 25;
+    c.mask_is_dense = c.source != 0 && below(3) == 0;
+    c.group_words = 1 + below(3);
+    for (int i = 0; i < 16; ++i) c.codebook.push_back(static_cast<int8_t>(below(256) - 128));
+    for (int64_t i = 0; i < c.shape.rows * c.groups(); ++i) c.scales.push_back(static_cast<uint16_t>((127 + below(3)) << 7));
+    const int64_t words = c.shape.words_per_row(), density = c.mask_is_dense ? 100 : below(5) * 25;
     c.bitmap.assign(c.shape.rows * words, 0);
     c.offsets.push_back(0);
     for (int64_t row = 0; row < c.shape.rows; ++row) {
-        const bool empty = below(6) == 0;
+        const bool empty = !c.mask_is_dense && below(6) == 0;
         for (int64_t col = 0; col < c.shape.cols; ++col) {
             const bool kept = !empty && below(100) < density;
-            c.dense.push_back(kept ? static_cast<float>(below(9) + 1) : 0.0f);
-            if (!kept) continue;
-            c.bitmap[row * words + col / 64] |= uint64_t{1} << col % 64;
-            c.values.push_back(narrowed(c.dense.back()));
+            c.dense.push_back(kept ? c.keep(row, col) : 0.0f);
+            if (kept) c.bitmap[row * words + col / 64] |= uint64_t{1} << col % 64;
         }
         if ((row + 1) % c.shape.row_block == 0 || row + 1 == c.shape.rows) {
-            c.offsets.push_back(static_cast<int32_t>(c.values.size()));
+            c.offsets.push_back(static_cast<int32_t>(c.nnz));
         }
     }
     return c;
 }
 
 bool tell_a_lie(Case& c) {
+    if (c.mask_is_dense) return false;
     switch (below(4)) {
         case 0: c.offsets[below(static_cast<int64_t>(c.offsets.size()))] ^= static_cast<int32_t>(1u << below(32)); return true;
         case 1:
@@ -79,16 +120,23 @@ bool tell_a_lie(Case& c) {
             c.bitmap[below(static_cast<int64_t>(c.bitmap.size()))] ^= uint64_t{1} << below(64);
             return true;
         case 2:
-            if (c.values.empty()) return false;
-            c.values.resize(below(static_cast<int64_t>(c.values.size())));
+            if (!c.nnz) return false;
+            c.nnz = below(c.nnz);
+            c.raw.resize(c.source == 0 ? c.nnz : 0);
+            c.codes.resize(c.source == 0 ? 0 : c.int4() ? (c.nnz + 1) / 2 : c.nnz);
             return true;
         default: return false;
     }
 }
 
+struct Isa {
+    const MatmulKernels* (*matmul)(bool);
+    const Kernels* bits;
+    const QuantizedKernels* quantized;
+};
+
 // Half of the odd cases take x in single precision, a third has a bias, nobody aligns anything.
-bool run(const MatmulKernels* kernels, const Kernels* bits, const Case& c, bool honest) {
-    const bool fp32 = kernels->takes_fp32;
+bool run(const Isa& isa, const Case& c, bool fp32, bool honest) {
     const int64_t x_rows = below(20), x_size = x_rows * c.shape.cols, y_size = x_rows * c.shape.rows;
     const bool biased = below(3) == 0;
     std::vector<float> x_wide(x_size), bias_values(c.shape.rows);
@@ -97,19 +145,34 @@ bool run(const MatmulKernels* kernels, const Kernels* bits, const Case& c, bool 
     for (float& bias : bias_values) bias = static_cast<float>(below(9));
     for (const float x : x_wide) x_narrow.push_back(narrowed(x));
     const Block<float> x4(x_wide), bias(bias_values);
-    const Block<uint16_t> x2(x_narrow), values(c.values);
+    const Block<uint16_t> x2(x_narrow), raw(c.raw), scales(c.scales);
+    const Block<uint8_t> codes(c.codes);
+    const Block<int8_t> codebook(c.codebook);
     const Block<uint64_t> bitmap(c.bitmap);
     const Block<int32_t> offsets(c.offsets);
     const Block<uint8_t> scratch(matmul_scratch_bytes(x_rows, c.shape.cols));
     const Block<uint8_t> y(y_size * (fp32 ? 4 : 2));
+    QuantizedDecodeJob quantized{};
     MatmulJob job{};
-    job.bits = bits;
-    job.kernels = kernels;
-    job.shape = c.shape;
-    job.bitmap = reinterpret_cast<const uint8_t*>(bitmap.data);
-    job.offsets = offsets.data;
-    job.values = values.data;
-    job.nnz = static_cast<int64_t>(c.values.size());
+    job.kernels = isa.matmul(fp32);
+    job.mask.kernels = isa.bits;
+    job.mask.shape = c.shape;
+    job.mask.size_log2 = 1;
+    job.mask.bitmap = c.mask_is_dense ? nullptr : reinterpret_cast<const uint8_t*>(bitmap.data);
+    job.mask.offsets = c.mask_is_dense ? nullptr : offsets.data;
+    job.mask.nnz = c.nnz;
+    if (c.source == 0) {
+        job.source = kRawValues;
+        job.values.data = reinterpret_cast<const uint8_t*>(raw.data);
+        job.values.end = reinterpret_cast<const uint8_t*>(raw.data + c.nnz);
+    } else {
+        quantized = {job.mask, isa.quantized, c.int4(), kBfloat16, codes.data, codebook.data, scales.data,
+                     c.group_words * kWordBits};
+        job.source = c.source == 1 ? kInt8Values : c.source == 2 ? kInt4Values : kDecodedRows;
+        job.values = {codes.data, codes.data + codes.size, c.group_words, codebook.data, scales.data, c.groups()};
+        job.decoder = decode_quantized_block;
+        job.decoder_context = &quantized;
+    }
     job.x = fp32 ? static_cast<const void*>(x4.data) : x2.data;
     job.x_rows = x_rows;
     job.bias = biased ? bias.data : nullptr;
@@ -143,24 +206,25 @@ bool run(const MatmulKernels* kernels, const Kernels* bits, const Case& c, bool 
 
 int main(int count, char** arguments) {
     const int trials = count > 1 ? std::atoi(arguments[1]) : 100;
-    using Choice = const MatmulKernels* (*)(bool);
-    const Choice choices[] = {avx512bf16_matmul, avx512_matmul, avx2_matmul, scalar_matmul};
-    const Kernels* bits[] = {avx512_kernels(), avx512_kernels(), avx2_kernels(), scalar_kernels()};
-    for (int isa = 0; isa < 4; ++isa) {
-        if (!choices[isa](false)) continue;
+    const QuantizedKernels* const fast = avx512_quantized_kernels();
+    const Isa isas[] = {{avx512bf16_matmul, avx512_kernels(), fast},
+                        {avx512_matmul, avx512_kernels(), fast},
+                        {avx2_matmul, avx2_kernels(), avx2_quantized_kernels()},
+                        {scalar_matmul, scalar_kernels(), scalar_quantized_kernels()}};
+    for (const Isa& isa : isas) {
+        if (!isa.matmul(false)) continue;
         for (int trial = 0; trial < trials; ++trial) {
             Case c = random_case();
             const bool honest = below(2) == 0 || !tell_a_lie(c);
             for (const bool fp32 : {false, true}) {
-                const MatmulKernels* kernels = choices[isa](fp32);
-                if (run(kernels, bits[isa], c, honest)) continue;
-                std::printf("wrong product: %s, %lld x %lld, row block %lld\n", kernels->name,
+                if (run(isa, c, fp32, honest)) continue;
+                std::printf("wrong product: %s, source %d, %lld x %lld, row block %lld\n", isa.matmul(fp32)->name, c.source,
                             static_cast<long long>(c.shape.rows), static_cast<long long>(c.shape.cols),
                             static_cast<long long>(c.shape.row_block));
                 return 1;
             }
         }
-        std::printf("%s ok\n", choices[isa](false)->name);
+        std::printf("%s ok\n", isa.matmul(false)->name);
     }
     return 0;
 }

@@ -43,18 +43,9 @@ void decode_chunk(void* context, int64_t chunk) {
     auto& decoding = *static_cast<Decoding*>(context);
     const DecodeJob& job = decoding.job;
     const int64_t row_bytes = job.shape.cols << job.size_log2;
-    const int64_t out_row = job.start_block * job.shape.row_block;
     for (int64_t number = decoding.chunks.begin(chunk); number < decoding.chunks.end(chunk); ++number) {
-        const Rows rows(job.shape, number, number + 1);
-        const Block block{number,
-                          rows.first,
-                          rows.count,
-                          values_before(job, number),
-                          values_before(job, number + 1),
-                          job.offsets ? job.bitmap + rows.first * job.shape.words_per_row() * 8 : nullptr,
-                          job.out + (rows.first - out_row) * row_bytes};
-        int64_t rule = broken_rule(job, block);
-        if (rule < 0) rule = decoding.decoder(decoding.context, block);
+        uint8_t* const out = job.out + (number - job.start_block) * job.shape.row_block * row_bytes;
+        const int64_t rule = decode_checked(job, number, out, decoding.decoder, decoding.context);
         if (rule == -1) continue;
         const int64_t found = rule == kNoMemory ? kNoMemory : 4 * number + rule;
         int64_t lowest = decoding.failure.load();
@@ -116,6 +107,19 @@ void encode_chunk(void* context, int64_t chunk) {
 }
 
 }  // namespace
+
+int64_t decode_checked(const DecodeJob& job, int64_t number, uint8_t* out, BlockDecoder decoder, const void* context) {
+    const Rows rows(job.shape, number, number + 1);
+    const Block block{number,
+                      rows.first,
+                      rows.count,
+                      values_before(job, number),
+                      values_before(job, number + 1),
+                      job.offsets ? job.bitmap + rows.first * job.shape.words_per_row() * 8 : nullptr,
+                      out};
+    const int64_t rule = broken_rule(job, block);
+    return rule < 0 ? decoder(context, block) : rule;
+}
 
 int64_t decode_blocks(const DecodeJob& job, int threads, BlockDecoder decoder, const void* context) {
     constexpr int64_t kNone = INT64_MAX;

@@ -77,7 +77,9 @@ const uint8_t* with_slack(const uint8_t* section, int64_t first, int64_t last, i
     return copy;
 }
 
-int64_t decode_block(const void* context, const Block& block) {
+}  // namespace
+
+int64_t decode_exponent_block(const void* context, const Block& block) {
     const auto& job = *static_cast<const ExponentDecodeJob*>(context);
     RecordScratch scratch;
     RecordCursor cursor;
@@ -93,8 +95,6 @@ int64_t decode_block(const void* context, const Block& block) {
     }
     return -1;
 }
-
-}  // namespace
 
 int64_t open_record(const ExponentDecodeJob& job, int64_t block, int64_t start, int64_t stop, RecordScratch& scratch,
                     RecordCursor& cursor) {
@@ -128,7 +128,7 @@ int64_t decode_exponent(const ExponentDecodeJob& job, int threads) {
     const int64_t last = job.mask.shape.row_blocks();
     const bool empty = last == 0;
     if (empty && (offset_at(job.record_offsets, job.record_offsets_are_64, 0) != 0 || job.exponent_bytes)) return kBadRecord;
-    return decode_blocks(job.mask, threads, decode_block, &job);
+    return decode_blocks(job.mask, threads, decode_exponent_block, &job);
 }
 
 }  // namespace endor

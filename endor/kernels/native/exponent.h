@@ -11,6 +11,7 @@
 #include <new>
 
 #include "bitmap.h"
+#include "row_blocks.h"
 
 namespace endor {
 
@@ -109,6 +110,9 @@ class RecordScratch {
 // its first value that is valid as long as `scratch` is. Returns -1, kBadRecord or kNoMemory.
 int64_t open_record(const ExponentDecodeJob& job, int64_t block, int64_t start, int64_t stop, RecordScratch& scratch,
                     RecordCursor& cursor);
+
+// A BlockDecoder; its context is a ExponentDecodeJob.
+int64_t decode_exponent_block(const void* context, const Block& block);
 
 // As `decode` of a bitmap; kBadRecord for a record that is not what it should be, kNoMemory.
 int64_t decode_exponent(const ExponentDecodeJob& job, int threads);

@@ -4,9 +4,10 @@
 
 #include <atomic>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "parallel.h"
-#include "row_blocks.h"
 
 namespace endor {
 namespace {
@@ -16,7 +17,9 @@ constexpr int64_t kRowSkewBytes = 64;
 
 struct Multiplying {
     const MatmulJob& job;
+    const MatmulLoops& loops;
     PreparedX x;
+    const uint8_t* full_row;  // the bitmap of a row without zeros
     int64_t x_first;
     int x_rows;
     int64_t blocks_per_chunk;
@@ -28,24 +31,31 @@ struct Multiplying {
 // than its offsets say is found out at its end, when its outputs are already written.
 class RowReader {
    public:
-    RowReader(const MatmulJob& job, int64_t block) : job_(job), row_(block * job.shape.row_block), block_(block - 1) {}
+    RowReader(const Multiplying& work, int64_t block)
+        : mask_(work.job.mask), full_row_(work.full_row), row_(block * mask_.shape.row_block), block_(block - 1) {}
 
     // False if the row block that the row is part of, or the one before it, breaks a rule.
-    bool next(RawRow& row) {
-        if (row_ % job_.shape.row_block == 0 && !(at_end() && enter(block_ + 1))) return false;
-        const uint8_t* bitmap = job_.bitmap + row_ * job_.shape.words_per_row() * 8;
-        const int64_t bits = job_.bits->count(bitmap, 1, job_.shape.cols);
+    bool next(MatmulRow& row) {
+        const int64_t cols = mask_.shape.cols;
+        if (!mask_.offsets) {
+            row = {full_row_, row_ * cols, row_};
+            position_ = ++row_ * cols;
+            return true;
+        }
+        if (row_ % mask_.shape.row_block == 0 && !(at_end() && enter(block_ + 1))) return false;
+        const uint8_t* bitmap = mask_.bitmap + row_ * mask_.shape.words_per_row() * 8;
+        const int64_t bits = mask_.kernels->count(bitmap, 1, cols);
         if (bits < 0) return fails(kBitsInPadding);
         if (bits > stop_ - position_) return fails(kCountMismatch);
-        row = {bitmap, job_.values + position_};
+        row = {bitmap, position_, row_};
         position_ += bits;
         ++row_;
         return true;
     }
 
-    bool at_end() { return position_ == stop_ || fails(kCountMismatch); }
+    bool at_end() { return !mask_.offsets || position_ == stop_ || fails(kCountMismatch); }
     int64_t failure() const { return failure_; }
-    int64_t values_left() const { return job_.nnz - position_; }  // behind the row handed out last
+    int64_t values_left() const { return mask_.nnz - position_; }  // behind the row handed out last
 
    private:
     bool fails(Rule rule) {
@@ -55,15 +65,16 @@ class RowReader {
 
     bool enter(int64_t block) {
         block_ = block;
-        position_ = offset_at(job_.offsets, job_.offsets_are_64, block);
-        stop_ = offset_at(job_.offsets, job_.offsets_are_64, block + 1);
+        position_ = offset_at(mask_.offsets, mask_.offsets_are_64, block);
+        stop_ = offset_at(mask_.offsets, mask_.offsets_are_64, block + 1);
         const bool runs_from_0_to_nnz =
-            (block != 0 || position_ == 0) && (block != job_.shape.row_blocks() - 1 || stop_ == job_.nnz);
-        const bool in_range = 0 <= position_ && position_ <= stop_ && stop_ <= job_.nnz;
+            (block != 0 || position_ == 0) && (block != mask_.shape.row_blocks() - 1 || stop_ == mask_.nnz);
+        const bool in_range = 0 <= position_ && position_ <= stop_ && stop_ <= mask_.nnz;
         return (in_range && runs_from_0_to_nnz) || fails(kOffsetsOutOfRange);
     }
 
-    const MatmulJob& job_;
+    const DecodeJob& mask_;
+    const uint8_t* full_row_;
     int64_t row_;
     int64_t block_;
     int64_t position_ = 0;
@@ -83,7 +94,7 @@ void write_outputs(const Multiplying& work, int64_t row, int rows, const float* 
     for (int r = 0; r < rows; ++r) {
         const float bias = job.bias ? job.bias[row + r] : 0.0f;
         for (int m = 0; m < work.x_rows; ++m) {
-            const int64_t at = (work.x_first + m) * job.shape.rows + row + r;
+            const int64_t at = (work.x_first + m) * job.mask.shape.rows + row + r;
             const float y = job.bias ? sums[r * work.x_rows + m] + bias : sums[r * work.x_rows + m];
             if (job.kernels->takes_fp32) {
                 static_cast<float*>(job.y)[at] = y;
@@ -99,62 +110,146 @@ void report(std::atomic<int64_t>& failure, int64_t found) {
     while (found < lowest && !failure.compare_exchange_weak(lowest, found)) {}
 }
 
-void multiply_chunk(void* context, int64_t chunk) {
-    auto& work = *static_cast<Multiplying*>(context);
+// Straight from the values. Returns -1, or what is wrong first.
+int64_t multiply_packed(const Multiplying& work, int64_t first_block, int64_t stop_row) {
     const MatmulJob& job = work.job;
-    const int64_t block = chunk * work.blocks_per_chunk, words = job.shape.words_per_row();
-    const int64_t wanted = (block + work.blocks_per_chunk) * job.shape.row_block;
-    const int64_t stop = wanted < job.shape.rows ? wanted : job.shape.rows;
-    const uint16_t* values_end = job.values + job.nnz;
-    const int per_group = job.kernels->group_rows[work.x_rows - 1];
-    RowReader reader(job, block);
-    for (int64_t row = block * job.shape.row_block; row < stop;) {
-        RawRow rows[kMaxGroupRows];
+    const int64_t words = job.mask.shape.words_per_row();
+    const int per_group = work.loops.group_rows[work.x_rows - 1];
+    RowReader reader(work, first_block);
+    for (int64_t row = first_block * job.mask.shape.row_block; row < stop_row;) {
+        MatmulRow rows[kMaxGroupRows];
         float sums[kMaxGroupRows * kMaxXRows];
-        const int count = stop - row < per_group ? static_cast<int>(stop - row) : per_group;
+        const int count = stop_row - row < per_group ? static_cast<int>(stop_row - row) : per_group;
         for (int r = 0; r < count; ++r) {
-            if (!reader.next(rows[r])) return report(work.failure, reader.failure());
+            if (!reader.next(rows[r])) return reader.failure();
         }
-        if (count == per_group && reader.values_left() >= kWordBits) {
-            job.kernels->group[work.x_rows - 1](rows, values_end, words, work.x, sums);
+        if (count == per_group && reader.values_left() >= work.loops.reach) {
+            work.loops.group[work.x_rows - 1](rows, job.values, words, work.x, sums);
         } else {
             for (int r = 0; r < count; ++r) {
-                job.kernels->near_end[work.x_rows - 1](rows + r, values_end, words, work.x, sums + r * work.x_rows);
+                work.loops.near_end[work.x_rows - 1](rows + r, job.values, words, work.x, sums + r * work.x_rows);
             }
         }
         write_outputs(work, row, count, sums);
         row += count;
     }
-    if (!reader.at_end()) report(work.failure, reader.failure());
+    return reader.at_end() ? int64_t{-1} : reader.failure();
+}
+
+// As many row blocks as make a group of rows are decoded before they are multiplied, unless their rows are so long that
+// they would leave the second-level cache.
+int64_t blocks_per_tile(const Shape& shape) {
+    constexpr int64_t kTileBytes = 128 * 1024;
+    const int64_t block_bytes = shape.row_block * shape.cols * 2;
+    const int64_t wanted = (kMaxGroupRows + shape.row_block - 1) / shape.row_block;
+    return wanted * block_bytes <= kTileBytes ? wanted : 1;
+}
+
+void multiply_rows(const Multiplying& work, const uint16_t* tile, int64_t first_row, int64_t stop_row) {
+    const int64_t cols = work.job.mask.shape.cols, words = work.job.mask.shape.words_per_row();
+    const int per_group = work.loops.group_rows[work.x_rows - 1];
+    for (int64_t row = first_row; row < stop_row;) {
+        MatmulRow rows[kMaxGroupRows];
+        float sums[kMaxGroupRows * kMaxXRows];
+        const bool group = cols % kWordBits == 0 && stop_row - row >= per_group;
+        const int count = group ? per_group : 1;
+        for (int r = 0; r < count; ++r) rows[r] = {nullptr, (row + r - first_row) * cols, row + r};
+        MatmulValues values = work.job.values;
+        values.data = reinterpret_cast<const uint8_t*>(tile);
+        values.end = reinterpret_cast<const uint8_t*>(tile + (row + count - first_row) * cols);
+        const DotRows* dot = group ? work.loops.group : work.loops.near_end;
+        dot[work.x_rows - 1](rows, values, words, work.x, sums);
+        write_outputs(work, row, count, sums);
+        row += count;
+    }
+}
+
+// From rows that are decoded to a tile first. Returns -1, kNoMemory, or what is wrong first.
+int64_t multiply_decoded(const Multiplying& work, int64_t first_block, int64_t stop_row) {
+    const MatmulJob& job = work.job;
+    const Shape& shape = job.mask.shape;
+    const int64_t per_tile = blocks_per_tile(shape), stop_block = (stop_row + shape.row_block - 1) / shape.row_block;
+    const int64_t elements = per_tile * shape.row_block * shape.cols;
+    // Decoders write whole vectors, and the fastest of them only where they are aligned.
+    constexpr int64_t kAlign = 64;
+    std::unique_ptr<uint8_t[]> memory(new (std::nothrow) uint8_t[elements * 2 + kAlign]);
+    if (!memory) return kNoMemory;
+    uint8_t* const tile = memory.get() + (kAlign - reinterpret_cast<uintptr_t>(memory.get()) % kAlign) % kAlign;
+    for (int64_t block = first_block; block < stop_block; block += per_tile) {
+        const int64_t stop = stop_block - block < per_tile ? stop_block : block + per_tile;
+        for (int64_t i = block; i < stop; ++i) {
+            uint8_t* const out = tile + (i - block) * shape.row_block * shape.cols * 2;
+            const int64_t rule = decode_checked(job.mask, i, out, job.decoder, job.decoder_context);
+            if (rule != -1) return rule == kNoMemory ? kNoMemory : 4 * i + rule;
+        }
+        const Rows rows(shape, block, stop);
+        multiply_rows(work, reinterpret_cast<const uint16_t*>(tile), rows.first, rows.first + rows.count);
+    }
+    return -1;
+}
+
+void multiply_chunk(void* context, int64_t chunk) {
+    auto& work = *static_cast<Multiplying*>(context);
+    const Shape& shape = work.job.mask.shape;
+    const int64_t block = chunk * work.blocks_per_chunk;
+    const int64_t wanted = (block + work.blocks_per_chunk) * shape.row_block;
+    const int64_t stop = wanted < shape.rows ? wanted : shape.rows;
+    const bool packed = work.job.source != kDecodedRows;
+    const int64_t failure = packed ? multiply_packed(work, block, stop) : multiply_decoded(work, block, stop);
+    if (failure != -1) report(work.failure, failure);
 }
 
 int64_t x_stride_bytes(int64_t cols, int64_t element_bytes) {
     return (cols + kWordBits - 1) / kWordBits * kWordBits * element_bytes + kRowSkewBytes;
 }
 
-PreparedX prepare(const MatmulJob& job, int64_t first, int rows) {
-    const int64_t element_bytes = job.kernels->takes_fp32 ? 4 : 2, cols = job.shape.cols;
+PreparedX prepare(const MatmulJob& job, const MatmulLoops& loops, int64_t first, int rows, uint8_t* scratch) {
+    const int64_t element_bytes = job.kernels->takes_fp32 ? 4 : 2, cols = job.mask.shape.cols;
     const uint8_t* x = static_cast<const uint8_t*>(job.x) + first * cols * element_bytes;
     const int64_t stride_bytes = x_stride_bytes(cols, job.kernels->prepared_size);
-    job.kernels->prepare(x, rows, cols, job.scratch, stride_bytes);
-    return {job.scratch, stride_bytes};
+    loops.prepare(x, rows, cols, scratch, stride_bytes);
+    return {scratch, stride_bytes};
+}
+
+// Padding bits are zero in a full row as in any other.
+void write_full_row(uint8_t* row, int64_t cols) {
+    std::memset(row, 0, (cols + kWordBits - 1) / kWordBits * 8);
+    std::memset(row, 0xFF, cols / 8);
+    if (cols % 8) row[cols / 8] = static_cast<uint8_t>((1 << cols % 8) - 1);
+}
+
+// The job as the kernels can do it: from decoded rows where they have no loops for the codec.
+MatmulJob possible(const MatmulJob& wanted) {
+    MatmulJob job = wanted;
+    if (!job.kernels->loops[job.source]) job.source = kDecodedRows;
+    if (job.source == kRawValues || job.source == kDecodedRows) job.values.group_words = INT64_MAX;
+    return job;
 }
 
 }  // namespace
 
 int64_t matmul_scratch_bytes(int64_t x_rows, int64_t cols) {
-    return (x_rows < kMaxXRows ? x_rows : kMaxXRows) * x_stride_bytes(cols, sizeof(float));
+    const int64_t full_row = (cols + kWordBits - 1) / kWordBits * 8;
+    return full_row + (x_rows < kMaxXRows ? x_rows : kMaxXRows) * x_stride_bytes(cols, sizeof(float));
 }
 
-int64_t matmul(const MatmulJob& job, int threads) {
-    const Shape& shape = job.shape;
-    if (shape.row_blocks() == 0) return offset_at(job.offsets, job.offsets_are_64, 0) == 0 ? -1 : int64_t{kOffsetsOutOfRange};
+int64_t matmul(const MatmulJob& wanted, int threads) {
+    const MatmulJob job = possible(wanted);
+    const Shape& shape = job.mask.shape;
+    const MatmulLoops& loops = *job.kernels->loops[job.source];
+    if (shape.row_blocks() == 0) {
+        const bool none = !job.mask.offsets || offset_at(job.mask.offsets, job.mask.offsets_are_64, 0) == 0;
+        return none ? int64_t{-1} : int64_t{kOffsetsOutOfRange};
+    }
     const int64_t per_chunk = Chunks(shape, 1, 0, shape.row_blocks()).per_chunk;
     const int64_t blocks_per_chunk = (per_chunk + kMaxGroupRows - 1) / kMaxGroupRows * kMaxGroupRows;  // whole groups
     const int64_t chunks = (shape.row_blocks() + blocks_per_chunk - 1) / blocks_per_chunk;
+    if (!job.mask.offsets) write_full_row(job.scratch, shape.cols);
+    uint8_t* const x_scratch = job.scratch + shape.words_per_row() * 8;
     for (int64_t first = 0; first < job.x_rows; first += kMaxXRows) {
         const int rows = static_cast<int>(job.x_rows - first < kMaxXRows ? job.x_rows - first : kMaxXRows);
-        Multiplying work{job, prepare(job, first, rows), first, rows, blocks_per_chunk};
+        const PreparedX x = prepare(job, loops, first, rows, x_scratch);
+        Multiplying work{job, loops, x, job.scratch, first, rows, blocks_per_chunk};
         // OpenMP waits for its workers even when there is nothing left for them to do. With others using half of the
         // machine that costs 7.9 ms where our own threads need 0.6 (5632 x 2048, two threads, two cores).
         run_chunks(threads, chunks, multiply_chunk, &work, Team::kOwn);

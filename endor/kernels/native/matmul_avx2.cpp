@@ -41,6 +41,12 @@ struct Isa {
         return columns;
     }
 
+    ENDOR_TARGET static inline Columns load(const uint16_t* columns) {
+        Columns loaded;
+        for (int i = 0; i < 4; ++i) loaded.runs[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns + 16 * i));
+        return loaded;
+    }
+
     ENDOR_TARGET static inline void add(Sums& sums, const Columns& columns, const float* x) {
         for (int i = 0; i < 4; ++i) {
             const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(columns.runs[i], 16));
@@ -65,7 +71,10 @@ struct Isa {
 namespace endor {
 
 const MatmulKernels* avx2_matmul(bool fp32) {
-    static constexpr MatmulKernels narrow = make_matmul<uint16_t>("avx2"), wide = make_matmul<float>("avx2");
+    static constexpr MatmulKernels narrow{
+        "avx2", false, 4, {&kLoops<RawSource, uint16_t>, nullptr, nullptr, &kLoops<DecodedSource, uint16_t>}};
+    static constexpr MatmulKernels wide{
+        "avx2", true, 4, {&kLoops<RawSource, float>, nullptr, nullptr, &kLoops<DecodedSource, float>}};
     if (!avx2_kernels() || !__builtin_cpu_supports("fma")) return nullptr;
     return fp32 ? &wide : &narrow;
 }

@@ -29,6 +29,8 @@ struct Isa {
         return columns;
     }
 
+    static Columns load(const uint16_t* columns) { return expand(~uint64_t{0}, columns); }
+
     static void add(Sums& sums, const Columns& columns, const float* x) {
         for (int i = 0; i < kWordBits; i += 4) {
             for (int lane = 0; lane < 4; ++lane) sums.lanes[lane] += columns.values[i + lane] * x[i + lane];
@@ -48,7 +50,10 @@ struct Isa {
 namespace endor {
 
 const MatmulKernels* scalar_matmul(bool fp32) {
-    static constexpr MatmulKernels narrow = make_matmul<uint16_t>("scalar"), wide = make_matmul<float>("scalar");
+    static constexpr MatmulKernels narrow{
+        "scalar", false, 4, {&kLoops<RawSource, uint16_t>, nullptr, nullptr, &kLoops<DecodedSource, uint16_t>}};
+    static constexpr MatmulKernels wide{
+        "scalar", true, 4, {&kLoops<RawSource, float>, nullptr, nullptr, &kLoops<DecodedSource, float>}};
     return fp32 ? &wide : &narrow;
 }
 

@@ -6,6 +6,9 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <memory>
+#include <new>
+
 #include "bitmap.h"
 #include "exponent.h"
 #include "matmul.h"
@@ -56,17 +59,15 @@ PyObject* py_isas(PyObject*, PyObject*) {
     return isas;
 }
 
-PyObject* py_decode(PyObject*, PyObject* args) {
-    DecodeJob job{};
-    int isa, threads, offsets_are_64, streaming;
+bool parse_raw(PyObject* args, DecodeJob& job, int& isa, int& threads) {
+    int offsets_are_64, streaming;
     long long rows, cols, row_block, nnz, start_block, stop_block;
     unsigned long long bitmap, offsets, values, out;
     if (!PyArg_ParseTuple(args, "iiLLLLiKKpKKLLp", &isa, &threads, &rows, &cols, &row_block, &nnz, &job.size_log2,
                           &bitmap, &offsets, &offsets_are_64, &values, &out, &start_block, &stop_block, &streaming)) {
-        return nullptr;
+        return false;
     }
     job.kernels = checked_kernels(isa);
-    if (!job.kernels) return nullptr;
     job.shape = {rows, cols, row_block};
     job.bitmap = pointer<const uint8_t>(bitmap);
     job.offsets = pointer<const void>(offsets);
@@ -77,6 +78,13 @@ PyObject* py_decode(PyObject*, PyObject* args) {
     job.start_block = start_block;
     job.stop_block = stop_block;
     job.streaming = streaming;
+    return job.kernels;
+}
+
+PyObject* py_decode(PyObject*, PyObject* args) {
+    DecodeJob job{};
+    int isa, threads;
+    if (!parse_raw(args, job, isa, threads)) return nullptr;
     int64_t failure;
     Py_BEGIN_ALLOW_THREADS
     failure = decode(job, threads);
@@ -135,17 +143,16 @@ const ExponentKernels* exponent_kernels_at(int isa) {
     return kernels ? kernels : scalar_exponent_kernels();
 }
 
-PyObject* py_decode_exponent(PyObject*, PyObject* args) {
-    ExponentDecodeJob job{};
+bool parse_exponent(PyObject* args, ExponentDecodeJob& job, int& threads) {
     PyObject* mask;
-    int isa, threads, float16, record_offsets_are_64;
+    int isa, float16, record_offsets_are_64;
     long long exponent_bytes;
     unsigned long long record_offsets, records, sign_mantissa, mantissa_low;
     if (!PyArg_ParseTuple(args, "O!iipKpKLKK", &PyTuple_Type, &mask, &job.levels.pairs, &job.levels.singles, &float16,
                           &record_offsets, &record_offsets_are_64, &records, &exponent_bytes, &sign_mantissa,
                           &mantissa_low) ||
         !parse_mask(mask, job.mask, isa, threads)) {
-        return nullptr;
+        return false;
     }
     job.kernels = exponent_kernels_at(isa);
     job.float16 = float16;
@@ -155,6 +162,13 @@ PyObject* py_decode_exponent(PyObject*, PyObject* args) {
     job.exponent_bytes = exponent_bytes;
     job.sign_mantissa = pointer<const uint8_t>(sign_mantissa);
     job.mantissa_low = pointer<const uint8_t>(mantissa_low);
+    return true;
+}
+
+PyObject* py_decode_exponent(PyObject*, PyObject* args) {
+    ExponentDecodeJob job{};
+    int threads;
+    if (!parse_exponent(args, job, threads)) return nullptr;
     int64_t failure;
     Py_BEGIN_ALLOW_THREADS
     failure = decode_exponent(job, threads);
@@ -215,16 +229,15 @@ const QuantizedKernels* quantized_kernels_at(int isa) {
     return kernels ? kernels : scalar_quantized_kernels();
 }
 
-PyObject* py_decode_quantized(PyObject*, PyObject* args) {
-    QuantizedDecodeJob job{};
+bool parse_quantized(PyObject* args, QuantizedDecodeJob& job, int& threads) {
     PyObject* mask;
-    int isa, threads, int4, type;
+    int isa, int4, type;
     long long group_columns;
     unsigned long long codes, codebook, scales;
     if (!PyArg_ParseTuple(args, "O!piLKKK", &PyTuple_Type, &mask, &int4, &type, &group_columns, &codes, &codebook,
                           &scales) ||
         !parse_mask(mask, job.mask, isa, threads)) {
-        return nullptr;
+        return false;
     }
     job.kernels = quantized_kernels_at(isa);
     job.int4 = int4;
@@ -233,6 +246,13 @@ PyObject* py_decode_quantized(PyObject*, PyObject* args) {
     job.codebook = pointer<const int8_t>(codebook);
     job.scales = pointer<const uint16_t>(scales);
     job.group_columns = group_columns;
+    return true;
+}
+
+PyObject* py_decode_quantized(PyObject*, PyObject* args) {
+    QuantizedDecodeJob job{};
+    int threads;
+    if (!parse_quantized(args, job, threads)) return nullptr;
     int64_t failure;
     Py_BEGIN_ALLOW_THREADS
     failure = decode_quantized(job, threads);
@@ -262,40 +282,69 @@ PyObject* py_matmul_isas(PyObject*, PyObject*) {
     return isas;
 }
 
+// A product takes what decoding the same tensor takes; `out`, the row blocks and the streaming are not used.
+struct Operand {
+    DecodeJob raw{};
+    ExponentDecodeJob exponent{};
+    QuantizedDecodeJob quantized{};
+};
+
+bool parse_operand(int codec, PyObject* args, Operand& operand, MatmulJob& job, int& threads) {
+    int isa;
+    if (codec == 0) {
+        if (!parse_raw(args, operand.raw, isa, threads)) return false;
+        job.mask = operand.raw;
+        job.source = kRawValues;
+        job.values.data = job.mask.values;
+        job.values.end = job.mask.values + 2 * job.mask.nnz;
+    } else if (codec == 1) {
+        if (!parse_exponent(args, operand.exponent, threads)) return false;
+        operand.exponent.mask.streaming = false;
+        job.mask = operand.exponent.mask;
+        job.source = kDecodedRows;
+        job.decoder = decode_exponent_block;
+        job.decoder_context = &operand.exponent;
+    } else {
+        QuantizedDecodeJob& from = operand.quantized;
+        if (!parse_quantized(args, from, threads)) return false;
+        from.mask.streaming = false;
+        const Shape& shape = from.mask.shape;
+        const int64_t groups = (shape.cols + from.group_columns - 1) / from.group_columns;
+        job.mask = from.mask;
+        job.source = from.int4 ? kInt4Values : kInt8Values;
+        job.values = {from.codes, from.codes + (from.int4 ? (from.mask.nnz + 1) / 2 : from.mask.nnz),
+                      from.group_columns / kWordBits, from.codebook, from.scales, groups};
+        job.decoder = decode_quantized_block;
+        job.decoder_context = &from;
+    }
+    return true;
+}
+
 PyObject* py_matmul(PyObject*, PyObject* args) {
     MatmulJob job{};
-    int isa, threads, offsets_are_64, fp32;
-    long long rows, cols, row_block, nnz, x_rows;
-    unsigned long long bitmap, offsets, values, x, bias, scratch, y;
-    if (!PyArg_ParseTuple(args, "iiLLLLKKpKLpKKKK", &isa, &threads, &rows, &cols, &row_block, &nnz, &bitmap, &offsets,
-                          &offsets_are_64, &values, &x_rows, &fp32, &x, &bias, &scratch, &y)) {
+    Operand operand;
+    PyObject* operand_args;
+    int isa, codec, threads, of_operand, fp32;
+    long long x_rows;
+    unsigned long long x, bias, y;
+    if (!PyArg_ParseTuple(args, "iiO!iLpKKK", &isa, &codec, &PyTuple_Type, &operand_args, &threads, &x_rows, &fp32, &x,
+                          &bias, &y) ||
+        !parse_operand(codec, operand_args, operand, job, of_operand)) {
         return nullptr;
     }
     job.kernels = matmul_kernels_at(isa, fp32);
     if (!job.kernels) return PyErr_Format(PyExc_ValueError, "this machine has no matmul %d", isa);
-    job.bits = isa <= 1 ? avx512_kernels() : isa == 2 ? avx2_kernels() : scalar_kernels();
-    job.shape = {rows, cols, row_block};
-    job.bitmap = pointer<const uint8_t>(bitmap);
-    job.offsets = pointer<const void>(offsets);
-    job.offsets_are_64 = offsets_are_64;
-    job.values = pointer<const uint16_t>(values);
-    job.nnz = nnz;
     job.x = pointer<const void>(x);
     job.x_rows = x_rows;
     job.bias = pointer<const float>(bias);
-    job.scratch = pointer<uint8_t>(scratch);
     job.y = pointer<void>(y);
     int64_t failure;
     Py_BEGIN_ALLOW_THREADS
-    failure = matmul(job, threads);
+    const std::unique_ptr<uint8_t[]> scratch(new (std::nothrow) uint8_t[matmul_scratch_bytes(x_rows, job.mask.shape.cols)]);
+    job.scratch = scratch.get();
+    failure = scratch ? matmul(job, threads) : kNoMemory;
     Py_END_ALLOW_THREADS
-    return PyLong_FromLongLong(failure);
-}
-
-PyObject* py_matmul_scratch_bytes(PyObject*, PyObject* args) {
-    long long x_rows, cols;
-    if (!PyArg_ParseTuple(args, "LL", &x_rows, &cols)) return nullptr;
-    return PyLong_FromLongLong(matmul_scratch_bytes(x_rows, cols));
+    return failure == kNoMemory ? PyErr_NoMemory() : PyLong_FromLongLong(failure);
 }
 
 PyObject* py_set_openmp(PyObject*, PyObject* args) {
@@ -315,7 +364,6 @@ PyMethodDef methods[] = {
     {"decode_quantized", py_decode_quantized, METH_VARARGS, "As decode, for codecs int8 and int4 under any mask."},
     {"matmul_isas", py_matmul_isas, METH_NOARGS, "Instruction sets of matmul, fastest first, and their numbers."},
     {"matmul", py_matmul, METH_VARARGS, "y = x W^T + bias; -1, or 4 * row block + rule broken."},
-    {"matmul_scratch_bytes", py_matmul_scratch_bytes, METH_VARARGS, "Memory that matmul needs beside its output."},
     {"set_openmp", py_set_openmp, METH_VARARGS, "Use the OpenMP runtime with this GOMP_parallel; 0: own threads."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -7,7 +7,9 @@
 namespace endor {
 namespace {
 
-int64_t decode_block(const void* context, const Block& block) {
+}  // namespace
+
+int64_t decode_quantized_block(const void* context, const Block& block) {
     const auto& job = *static_cast<const QuantizedDecodeJob*>(context);
     const Shape& shape = job.mask.shape;
     const int64_t groups = (shape.cols + job.group_columns - 1) / job.group_columns;
@@ -26,10 +28,8 @@ int64_t decode_block(const void* context, const Block& block) {
     return -1;
 }
 
-}  // namespace
-
 int64_t decode_quantized(const QuantizedDecodeJob& job, int threads) {
-    return decode_blocks(job.mask, threads, decode_block, &job);
+    return decode_blocks(job.mask, threads, decode_quantized_block, &job);
 }
 
 }  // namespace endor

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "bitmap.h"
+#include "row_blocks.h"
 
 namespace endor {
 
@@ -46,6 +47,9 @@ struct QuantizedDecodeJob {
     const uint16_t* scales;  // [rows, groups]
     int64_t group_columns;   // a multiple of 64
 };
+
+// A BlockDecoder; its context is a QuantizedDecodeJob.
+int64_t decode_quantized_block(const void* context, const Block& block);
 
 // As `decode` of a bitmap.
 int64_t decode_quantized(const QuantizedDecodeJob& job, int threads);

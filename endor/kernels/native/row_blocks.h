@@ -67,6 +67,9 @@ using BlockDecoder = int64_t (*)(const void* context, const Block& block);
 
 constexpr int64_t kNoMemory = -2;
 
+// Checks the mask of a row block and decodes it to `out`. Returns -1, kNoMemory, or the Rule that the block breaks.
+int64_t decode_checked(const DecodeJob& job, int64_t number, uint8_t* out, BlockDecoder decoder, const void* context);
+
 // Checks the mask of every block and decodes it. Returns -1, kNoMemory, or 4 * row block + Rule of the first block that
 // is wrong.
 int64_t decode_blocks(const DecodeJob& job, int threads, BlockDecoder decoder, const void* context);
