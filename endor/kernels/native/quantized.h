@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "bitmap.h"
 #include "row_blocks.h"
@@ -13,6 +14,13 @@
 namespace endor {
 
 enum FloatType { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+
+inline float bfloat16_scale(uint16_t scale) {
+    const uint32_t bits = static_cast<uint32_t>(scale) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
 
 // One row, and where its codes are.
 struct QuantizedRow {

@@ -16,54 +16,28 @@
 #define ENDOR_TARGET \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,bmi,bmi2,popcnt,lzcnt")))
 
+#include "quantized_expand512.h"
+
 namespace endor {
 namespace {
-
-struct Lanes {
-    alignas(64) uint8_t twice[2][64];  // byte i / 2, of codes whose first nibble is skipped byte (i + 1) / 2
-    alignas(64) uint16_t high[32];     // the upper half of each of 2 x 16 words
-};
-
-constexpr Lanes make_lanes() {
-    Lanes lanes{};
-    for (int i = 0; i < 64; ++i) {
-        lanes.twice[0][i] = static_cast<uint8_t>(i / 2);
-        lanes.twice[1][i] = static_cast<uint8_t>((i + 1) / 2);
-    }
-    for (int i = 0; i < 32; ++i) lanes.high[i] = static_cast<uint16_t>(2 * i + 1);
-    return lanes;
-}
-
-constexpr Lanes kLanes = make_lanes();
 
 struct QuantizedIsa {
     using Packed = __m512i;
     using Codebook = __m512i;
 
-    // Masked loads do not touch what is masked out.
-    ENDOR_TARGET static inline __m512i load_first(const uint8_t* from, int bytes) {
-        return _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, static_cast<unsigned>(bytes)), from);
-    }
-
     ENDOR_TARGET static inline Codebook load_codebook(const int8_t* codebook) {
-        if (!codebook) return _mm512_setzero_si512();
-        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook)));
+        return codebook ? codebook_512(codebook) : _mm512_setzero_si512();
     }
 
     ENDOR_TARGET static inline Packed load8(const uint8_t* codes, int count, int64_t, uint8_t*) {
-        return load_first(codes, count);
+        return load_first_512(codes, count);
     }
 
     // Indices where the products are looked up, integers for float32.
     template <FloatType kType>
     ENDOR_TARGET static inline Packed load4(const uint8_t* codes, int64_t odd, int count, int64_t, Codebook codebook,
                                             uint8_t*) {
-        const __m512i bytes = load_first(codes, (count + static_cast<int>(odd) + 1) / 2);
-        const __m512i pairs =
-            _mm512_maskz_permutexvar_epi8(~__mmask64{0}, _mm512_load_si512(kLanes.twice[odd]), bytes);
-        const __mmask64 upper = odd ? 0x5555555555555555 : 0xAAAAAAAAAAAAAAAA;
-        const __m512i nibbles = _mm512_mask_mov_epi8(pairs, upper, _mm512_srli_epi16(pairs, 4));
-        const __m512i indices = _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
+        const __m512i indices = load_nibbles_512(codes, odd, count);
         return kType == kFloat32 ? _mm512_shuffle_epi8(codebook, indices) : indices;
     }
 
@@ -76,13 +50,6 @@ struct QuantizedIsa {
         }
     }
 
-    // float32 whose upper half is the nearest bfloat16.
-    ENDOR_TARGET static inline __m512i rounded(__m512 x) {
-        const __m512i bits = _mm512_castps_si512(x);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    }
-
     // Two times 16 products, rounded to 16 bits.
     template <FloatType kType>
     ENDOR_TARGET static inline __m512i to_16_bits(__m512 low, __m512 high) {
@@ -91,12 +58,8 @@ struct QuantizedIsa {
             return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(low, kNearest)),
                                       _mm512_cvtps_ph(high, kNearest), 1);
         } else {
-            return _mm512_permutex2var_epi16(rounded(low), _mm512_load_si512(kLanes.high), rounded(high));
+            return to_bfloat16_512(low, high);
         }
-    }
-
-    ENDOR_TARGET static inline __m512 product(__m128i integers, __m512 factor) {
-        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(integers)), factor);
     }
 
     // The scale in all lanes; for int4 in 16 bits all products there can be, twice.
@@ -104,15 +67,13 @@ struct QuantizedIsa {
     ENDOR_TARGET static inline __m512i factor(Codebook codebook, float scale) {
         const __m512 factor = _mm512_set1_ps(scale);
         if constexpr (!kInt4 || kType == kFloat32) return _mm512_castps_si512(factor);
-        const __m512 products = product(_mm512_castsi512_si128(codebook), factor);
+        const __m512 products = product_512<0>(codebook, factor);
         return to_16_bits<kType>(products, products);
     }
 
     template <bool kInt4, FloatType kType, bool kStream, class Bits>
     ENDOR_TARGET static inline void put(uint64_t word, Packed packed, __m512i factor, Bits* out) {
-        __m512i zero = _mm512_setzero_si512();
-        __asm__("" : "+v"(zero));  // breaks a false dependency: see isa_avx512.cpp
-        const __m512i integers = _mm512_mask_expand_epi8(zero, word, packed);
+        const __m512i integers = expand_bytes_512(word, packed);
         if constexpr (kInt4 && kType != kFloat32) {
             const __m512i low = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(integers));
             const __m512i high = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(integers, 1));
@@ -120,10 +81,8 @@ struct QuantizedIsa {
             store<kStream>(out + 32, _mm512_maskz_permutexvar_epi16(static_cast<__mmask32>(word >> 32), high, factor));
         } else {
             const __m512 scale = _mm512_castsi512_ps(factor);
-            const __m512 products[4] = {product(_mm512_castsi512_si128(integers), scale),
-                                        product(_mm512_extracti32x4_epi32(integers, 1), scale),
-                                        product(_mm512_extracti32x4_epi32(integers, 2), scale),
-                                        product(_mm512_extracti32x4_epi32(integers, 3), scale)};
+            const __m512 products[4] = {product_512<0>(integers, scale), product_512<1>(integers, scale),
+                                        product_512<2>(integers, scale), product_512<3>(integers, scale)};
             for (int i = 0; i < 4; i += 2) {
                 if constexpr (kType == kFloat32) {
                     store<kStream>(out + 16 * i, _mm512_castps_si512(products[i]));

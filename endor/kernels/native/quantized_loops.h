@@ -21,13 +21,6 @@ struct BitsOf<kFloat32> {
     using Type = uint32_t;
 };
 
-inline float scale_at(const uint16_t* scales, int64_t group) {
-    const uint32_t bits = static_cast<uint32_t>(scales[group]) << 16;
-    float scale;
-    std::memcpy(&scale, &bits, sizeof scale);
-    return scale;
-}
-
 constexpr int64_t kNibbleBuffer = 96;
 
 template <bool kInt4, FloatType kType, bool kStream>
@@ -39,7 +32,7 @@ ENDOR_TARGET int64_t decode_words(const QuantizedRow& row) {
     Bits* out = reinterpret_cast<Bits*>(row.out);
     int64_t value = row.first;
     for (int64_t first = 0, group = 0; first < row.cols; first += row.group_words * kWordBits, ++group) {
-        const auto factor = QuantizedIsa::template factor<kInt4, kType>(codebook, scale_at(row.scales, group));
+        const auto factor = QuantizedIsa::template factor<kInt4, kType>(codebook, bfloat16_scale(row.scales[group]));
         const int64_t group_stop = first + row.group_words * kWordBits;
         const int64_t stop = group_stop < row.cols ? group_stop : row.cols;
         for (int64_t col = first; col < stop; col += kWordBits) {
