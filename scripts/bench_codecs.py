@@ -80,19 +80,18 @@ def random_weights(
 
 
 def demo_weights(method: str) -> list[torch.Tensor]:
-    """The Linear weights of the demo model's blocks, which the converter has pruned to 50 % unless `none`."""
-    options: dict[str, Any] = {"method": method, "values": "raw", "samples": 16}
+    """The Linear weights of the demo model's blocks, of which the converter has pruned 50 % unless `none`."""
+    pruned = _demo_entries("magnitude")
+    return [decode(p) for name, p in _demo_entries(method).items() if pruned[name].layout.mask == "bitmap"]
+
+
+def _demo_entries(method: str) -> dict[str, PackedTensor]:
+    sparsity = 0.0 if method == "none" else 0.5
     with tempfile.TemporaryDirectory() as folder:
-        endor.convert(
-            DEMO_MODEL, Path(folder) / "pruned", **options | {"sparsity": 0.5, "method": "magnitude"}
-        )
-        with CheckpointReader(Path(folder) / "pruned") as reader:
-            pruned = [name for name in reader.names() if reader.read(name).layout.mask == "bitmap"]
-        endor.convert(
-            DEMO_MODEL, Path(folder) / "out", **options | ({} if method == "none" else {"sparsity": 0.5})
-        )
-        with CheckpointReader(Path(folder) / "out") as reader:
-            return [decode(reader.read(name)) for name in pruned]
+        out = Path(folder) / "out"
+        endor.convert(DEMO_MODEL, out, method=method, sparsity=sparsity, values="raw", samples=16)
+        with CheckpointReader(out) as reader:
+            return {name: reader.read(name) for name in reader.names()}
 
 
 def entropy_bits(counts: torch.Tensor) -> float:

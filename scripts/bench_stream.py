@@ -3,13 +3,15 @@
 
     python scripts/bench_stream.py --workdir /path/on/the/disk
 
-Builds, once, a random Llama of 1.1 billion parameters, prunes half of its weights and keeps that twice:
-as an Endor checkpoint and as a plain dense one with the same weights. Each contender runs these in its
-own process; they take turns, so that all see the same drift of the machine, and in each round the disk's
+Builds, once, a random Llama of 1.1 billion parameters, prunes half of its weights and keeps that as an Endor
+checkpoint per codec (`--values`) and as a plain dense one with the same weights. Each contender runs these in
+its own process; they take turns, so that all see the same drift of the machine, and in each round the disk's
 sequential bandwidth is measured beside Endor's turn: bandwidth / bytes per token is the rate the link allows.
 
-First comes the gate: every contender must generate the same tokens, Endor at every depth and with everything
-resident. Without that no speed is shown.
+First comes the gate. Every contender reads the tokens that the dense weights generate and must find the same
+ones likeliest. Those of a lossy codec are compared with its own decoded weights. Products straight from
+packed weights add in another order than torch: their logits must lie within 5 % of the reference's. Without
+that no speed is shown.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import operator
 import os
 import shutil
 import sys
@@ -27,6 +30,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bench_common import (
     LLAMA_1B,
@@ -45,32 +50,41 @@ from bench_common import (
     wait_for_quiet,
     write_json,
 )
-from bench_stream_worker import CONTENDERS, DISTURBED, MODES, Models, Turn, Worker
+from bench_stream_worker import CONTENDERS, DISTURBED, MODES, VALUES, Models, Turn, Worker, decoded
 
-DEFAULT_CONTENDERS = ("accelerate", "transformers", "mapped", "endor")
-GATE = ("mapped", "endor-depth0", "endor", "endor-resident")
-BASELINES = ("accelerate", "mapped")
+STREAMED = ("accelerate", "transformers", "mapped", "endor")
+DEFAULT_CONTENDERS = {
+    "disk": STREAMED,
+    "warm": STREAMED,
+    "resident": ("dense", "dense-huge", "endor-resident-decode", "endor-resident"),
+}
+TITLES = {"disk": "Every token from disk", "warm": "Warm page cache", "resident": "Everything in memory"}
+BASELINES = ("accelerate", "mapped", "dense")
+TOLERANCE = 0.05
+"""Of the norm of the logits: sums in another order give around 1 % after 22 layers, wrong weights 100 %."""
 ALLOWANCE_BYTES = 200_000_000
-_DISK_SPACE = 4
+_DISK_SPACE = 3.0
+_DISK_SPACE_PER_CODEC = 0.6
 
 
 class GateError(Exception):
-    """Contenders generated different tokens: their speeds mean nothing."""
+    """A contender's results are not those of its reference: its speed means nothing."""
 
 
 # ── models ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def build_models(workdir: Path, shape: LlamaShape) -> Models:
-    """The three forms of one pruned model, made where they are missing."""
+def build_models(workdir: Path, shape: LlamaShape, values: Sequence[str]) -> Models:
+    """All forms of one pruned model, made where they are missing."""
     workdir.mkdir(parents=True, exist_ok=True)
     _claim(workdir, shape)
-    models = Models(dense=workdir / "dense", endor=workdir / "endor", offload=workdir / "offload")
-    if not (models.endor / "model.safetensors.index.json").exists():
-        _build_endor(workdir / "source", models.endor, shape)
+    packed = {name: workdir / name for name in dict.fromkeys(("auto", *values))}
+    models = Models(dense=workdir / "dense", offload=workdir / "offload", packed=packed)
+    for name, out in packed.items():
+        if not (out / "model.safetensors.index.json").exists():
+            _build_endor(workdir / "source", out, shape, name, codecs=len(packed))
     if not models.dense.exists():
-        save_whole(_decoded(models.endor), models.dense, shard_size="500MB")
-    shutil.rmtree(workdir / "source", ignore_errors=True)
+        save_whole(decoded(packed["auto"]), models.dense, shard_size="500MB")
     if not (models.offload / "index.json").exists():
         _build_offload(models)
     gc.collect()
@@ -89,33 +103,18 @@ def _claim(workdir: Path, shape: LlamaShape) -> None:
     mark.write_text(text)
 
 
-def _build_endor(source: Path, out: Path, shape: LlamaShape) -> None:
+def _build_endor(source: Path, out: Path, shape: LlamaShape, values: str, *, codecs: int) -> None:
     import endor
 
     if not source.exists():
         build_random_llama(source, shape)
-    dense_bytes = sum(path.stat().st_size for path in files_of(source, ".safetensors"))
-    free_bytes = shutil.disk_usage(source).free
-    if free_bytes < _DISK_SPACE * dense_bytes:
-        needed_bytes = _DISK_SPACE * dense_bytes
-        raise SystemExit(f"{source.parent}: {needed_bytes} bytes are needed, {free_bytes} are free")
+        dense_bytes = sum(path.stat().st_size for path in files_of(source, ".safetensors"))
+        needed_bytes = int((_DISK_SPACE - 1 + _DISK_SPACE_PER_CODEC * codecs) * dense_bytes)
+        free_bytes = shutil.disk_usage(source).free
+        if free_bytes < needed_bytes:
+            raise SystemExit(f"{source.parent}: {needed_bytes} bytes are needed, {free_bytes} are free")
     shutil.rmtree(out, ignore_errors=True)
-    endor.convert(source, out, method="magnitude", sparsity=0.5, values="raw")
-
-
-def _decoded(checkpoint: Path) -> Any:
-    """The checkpoint's weights, decoded, in a plain transformers model: what Endor must agree with."""
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    import endor
-
-    config = AutoConfig.from_pretrained(checkpoint)
-    del config.quantization_config
-    model = LlamaForCausalLM._from_config(config, dtype=config.dtype)
-    with endor.open(checkpoint) as opened:
-        for name, parameter in model.named_parameters():
-            parameter.data = opened.read_dense(name)
-    return model
+    endor.convert(source, out, method="magnitude", sparsity=0.5, values=values)
 
 
 def _build_offload(models: Models) -> None:
@@ -150,45 +149,84 @@ class Series:
         return [bandwidth / streamed_bytes for bandwidth in self.disk_bytes_per_s]
 
 
-def check_tokens(reference: Turn, turn: Turn, *, name: str) -> None:
-    """Raise GateError unless both turns generated the same tokens."""
-    if turn.token_ids != reference.token_ids:
+def check_tokens(expected: Turn, turn: Turn, *, name: str, source: str) -> None:
+    """Raise GateError unless both turns found the same tokens."""
+    if turn.token_ids != expected.token_ids:
         raise GateError(
-            f"{name} generated {list(turn.token_ids)}, the decoded weights in plain transformers"
-            f" {list(reference.token_ids)}: no speed is worth showing"
+            f"{name} generated {list(turn.token_ids)}, {source} {list(expected.token_ids)}:"
+            " no speed is worth showing"
         )
 
 
-def start(stack: ExitStack, models: Models, arguments: argparse.Namespace) -> tuple[dict[str, Worker], Turn]:
-    """Pass the gate; returns the contenders' workers, and the turn with which all must agree."""
-    workers: dict[str, Worker] = {}
-    reference: Turn | None = None
-    for name in dict.fromkeys((*GATE, *arguments.contenders)):
+def logits_error(reference: Turn, turn: Turn) -> float:
+    """The largest difference of a token's logits, relative to their norm."""
+    assert reference.logits is not None
+    assert turn.logits is not None
+    differences = np.linalg.norm(turn.logits - reference.logits, axis=1)
+    return float((differences / np.linalg.norm(reference.logits, axis=1)).max())
+
+
+def check_logits(reference: Turn, turn: Turn, *, name: str) -> float:
+    """Raise GateError unless the logits are the reference's but for rounding; returns the difference."""
+    error = logits_error(reference, turn)
+    if not error <= TOLERANCE:  # NaN is not
+        raise GateError(
+            f"the logits of {name} are {error:.1%} from the reference's, {TOLERANCE:.0%} are allowed:"
+            " no speed is worth showing"
+        )
+    return error
+
+
+@dataclass
+class Entrant:
+    """A contender that has passed the gate: its process, and what it found there and must find each time."""
+
+    worker: Worker
+    gate: Turn
+    follow: tuple[int, ...]
+    error: float
+
+
+def start(
+    stack: ExitStack, names: Sequence[str], models: Models, arguments: argparse.Namespace
+) -> dict[str, Entrant]:
+    """Pass the gate; the contenders by name."""
+    references = {
+        name: _reference(name, models, arguments) for name in {CONTENDERS[n].reference for n in names}
+    }
+    entrants = {}
+    for name in names:
         worker = stack.enter_context(Worker(name, models, threads=arguments.threads))
-        turn = worker.run("warm", arguments.tokens)
-        reference = reference or turn
-        check_tokens(reference, turn, name=name)
-        bits = "bit-identical" if turn.logits_digest == reference.logits_digest else "slightly other"
-        load_s = worker.loaded.load_s
-        say(f"gate: {CONTENDERS[name].title}: same tokens, {bits} logits; loaded in {load_s:.1f} s")
-        if name in arguments.contenders:
-            workers[name] = worker
-        else:
-            worker.close()
-    assert reference is not None
-    return {name: workers[name] for name in arguments.contenders}, reference
+        reference = references[CONTENDERS[name].reference]
+        turn = worker.run("warm", arguments.tokens, follow=reference.token_ids, keep_logits=True)
+        if CONTENDERS[name].is_exact:
+            check_tokens(reference, turn, name=name, source="the decoded weights in plain transformers")
+        error = check_logits(reference, turn, name=name)
+        same = sum(map(operator.eq, turn.token_ids, reference.token_ids))
+        say(
+            f"gate: {CONTENDERS[name].title}: {same} of {arguments.tokens} tokens the same, logits"
+            f" {f'{error:.2%} apart' if error else 'bit-identical'}; loaded in {worker.loaded.load_s:.1f} s"
+        )
+        entrants[name] = Entrant(worker, turn, reference.token_ids, error)
+    return entrants
+
+
+def _reference(name: str, models: Models, arguments: argparse.Namespace) -> Turn:
+    with Worker(name, models, threads=arguments.threads) as worker:
+        return worker.run("warm", arguments.tokens, keep_logits=True)
 
 
 def measure(
-    workers: dict[str, Worker], reference: Turn, probe: DiskProbe, mode: str, arguments: argparse.Namespace
+    entrants: dict[str, Entrant], probes: dict[str, DiskProbe], mode: str, arguments: argparse.Namespace
 ) -> dict[str, Series]:
     """All rounds of one mode."""
-    series = {name: Series() for name in workers}
+    series = {name: Series() for name in entrants}
     for number in range(arguments.rounds):
-        for name in rotated(list(workers), number):
-            streams = mode == "disk" and workers[name].loaded.streamed_bytes > 0
-            turn, bandwidth = take_turn(workers[name], mode, probe if streams else None, arguments)
-            check_tokens(reference, turn, name=name)
+        for name in rotated(list(entrants), number):
+            streams = mode == "disk" and entrants[name].worker.loaded.streamed_bytes > 0
+            probe = probes.get(CONTENDERS[name].values or "") if streams else None
+            turn, bandwidth = take_turn(entrants[name], mode, probe, arguments)
+            check_tokens(entrants[name].gate, turn, name=name, source="at the gate")
             series[name].turns.append(turn)
             series[name].disk_bytes_per_s += bandwidth
         rates = (f"{name} {s.rates[-1]:.2f}" for name, s in series.items())
@@ -197,31 +235,36 @@ def measure(
 
 
 def take_turn(
-    worker: Worker, mode: str, probe: DiskProbe | None, arguments: argparse.Namespace
+    entrant: Entrant, mode: str, probe: DiskProbe | None, arguments: argparse.Namespace
 ) -> tuple[Turn, list[float]]:
     """A turn, and the disk's bandwidth around it; again, while patience lasts, when others disturbed it."""
     while True:
         arguments.patience -= wait_for_quiet(arguments.patience)
         before = [probe.bytes_per_s()] if probe else []
-        turn = worker.run(mode, arguments.tokens)
+        turn = entrant.worker.run(mode, arguments.tokens, follow=entrant.follow)
         after = [probe.bytes_per_s()] if probe else []
         if turn.is_clean or arguments.patience <= 0:
             return turn, [sum(before + after) / 2] if probe else []
-        say(f"{worker.name}: others used {median(turn.foreign_share):.0%} of the processors; once more")
+        others = median(turn.foreign_share)
+        say(f"{entrant.worker.name}: others used {others:.0%} of the processors; once more")
 
 
 # ── reporting ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def describe(worker: Worker, series: Series, all_series: dict[str, Series]) -> dict[str, Any]:
+def describe(entrant: Entrant, series: Series, all_series: dict[str, Series]) -> dict[str, Any]:
     """One contender's figures, as they go into the JSON report."""
+    worker = entrant.worker
     figures: dict[str, Any] = {
+        "title": CONTENDERS[worker.name].title,
+        "values": CONTENDERS[worker.name].values,
         "tokens_per_second": median(series.rates),
         "rounds": series.rates,
         "first_token_seconds": median(turn.token_s[0] for turn in series.turns),
         "disk_bytes_per_token": median(count for turn in series.turns for count in turn.read_bytes[1:]),
         "foreign_share": median(turn.foreign_share[i] for turn in series.turns for i in turn.counted),
         "load_seconds": worker.loaded.load_s,
+        "logits_error": entrant.error,
         "peak_anonymous_bytes": {"load": worker.peak_load_bytes, "run": worker.peak_run_bytes},
         "library_bytes": worker.loaded.library_bytes,
         "ratio": {name: series.ratio_to(all_series[name]) for name in BASELINES if name in all_series},
@@ -244,6 +287,7 @@ def describe_endor(worker: Worker, series: Series) -> dict[str, Any]:
         "above_plan_bytes": peak - planned,
         "above_plan_and_libraries_bytes": peak - planned - loaded.library_bytes,
     }
+    figures["stall_share"] = figures["seconds_per_token"]["stall"] * median(series.rates)
     if series.disk_bytes_per_s:
         bounds = series.bounds(loaded.streamed_bytes)
         figures["disk_bytes_per_s"] = median(series.disk_bytes_per_s)
@@ -253,29 +297,41 @@ def describe_endor(worker: Worker, series: Series) -> dict[str, Any]:
 
 
 def print_mode(mode: str, contenders: dict[str, dict[str, Any]]) -> None:
-    print(f"\n{'Every token from disk' if mode == 'disk' else 'Warm page cache'}\n")
-    ratios = (f"x {name}" for name in BASELINES)
-    columns = ("", "tokens/s", *ratios, "first token s", "GB from disk / token", "peak anon. MB", "load s")
-    print_table(columns, [_row(name, figures) for name, figures in contenders.items()])
-    for name, figures in contenders.items():
+    print(f"\n{TITLES[mode]}\n")
+    baselines = [name for name in BASELINES if name in contenders]
+    ratios = (f"x {name}" for name in baselines)
+    columns = (
+        "",
+        "tokens/s",
+        *ratios,
+        "link bound",
+        "of it",
+        "stall",
+        "GB from disk / token",
+        "peak anon. MB",
+    )
+    print_table(columns, [_row(figures, baselines) for figures in contenders.values()])
+    for figures in contenders.values():
         if figures["foreign_share"] >= DISTURBED:
-            print(f"\n{CONTENDERS[name].title}: others used {figures['foreign_share']:.0%} of the processors")
+            print(f"\n{figures['title']}: others used {figures['foreign_share']:.0%} of the processors")
         if "endor" in figures:
             print()
             for line in _endor_lines(figures["endor"], figures["library_bytes"]):
-                print(f"{CONTENDERS[name].title}: {line}")
+                print(f"{figures['title']}: {line}")
 
 
-def _row(name: str, figures: dict[str, Any]) -> list[str]:
-    ratio = figures["ratio"]
+def _row(figures: dict[str, Any], baselines: list[str]) -> list[str]:
+    endor = figures.get("endor", {})
+    bounded = "share_of_bound" in endor
     return [
-        CONTENDERS[name].title,
+        figures["title"],
         f"{figures['tokens_per_second']:.3g}",
-        *(f"{ratio[other]:.2f}" if other in ratio else "" for other in BASELINES),
-        f"{figures['first_token_seconds']:.2f}",
+        *(f"{figures['ratio'][name]:.2f}" for name in baselines),
+        f"{endor['link_bound_tokens_per_second']:.3g}" if bounded else "",
+        f"{endor['share_of_bound']:.0%}" if bounded else "",
+        f"{endor['stall_share']:.0%}" if endor else "",
         f"{figures['disk_bytes_per_token'] / 1e9:.2f}",
         f"{max(figures['peak_anonymous_bytes'].values()) / 1e6:.0f}",
-        f"{figures['load_seconds']:.1f}",
     ]
 
 
@@ -284,11 +340,7 @@ def _endor_lines(figures: dict[str, Any], library_bytes: int) -> Iterator[str]:
     yield f"ms per token: {', '.join(parts)} (reading runs beside the others)"
     if "share_of_bound" in figures:
         bandwidth = figures["disk_bytes_per_s"]
-        yield (
-            f"{figures['streamed_bytes'] / 1e9:.3f} GB per token at {bandwidth / 1e9:.2f} GB/s"
-            f" allow {figures['link_bound_tokens_per_second']:.2f} tokens/s;"
-            f" {figures['share_of_bound']:.0%} of that is reached"
-        )
+        yield f"{figures['streamed_bytes'] / 1e9:.3f} GB per token at {bandwidth / 1e9:.2f} GB/s"
     planned = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in figures["planned_bytes"].items())
     above = figures["above_plan_and_libraries_bytes"]
     yield (
@@ -304,23 +356,46 @@ def say(line: str) -> None:
 # ── command line ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def expand(names: Sequence[str], values: Sequence[str]) -> tuple[str, ...]:
+    """The contenders' names, those of Endor that name no codec once for each."""
+    found: list[str] = []
+    for name in names:
+        first, _, rest = name.partition("-")
+        if first == "endor" and rest.partition("-")[0] not in VALUES:
+            found += ("-".join(filter(None, (first, codec, rest))) for codec in values)
+        else:
+            found.append(name)
+    return tuple(dict.fromkeys(found))
+
+
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--workdir", type=Path, help="where the models are kept, 7 GB (default: in the temporary folder)")
+    add("--workdir", type=Path, help="where the models are kept, 10 GB (default: in the temporary folder)")
     add("--small", action="store_true", help="a tiny model, to try the script itself")
-    add("--mode", choices=(*MODES, "both"), default="both")
-    add("--contenders", default=",".join(DEFAULT_CONTENDERS), help=f"some of {', '.join(CONTENDERS)}")
+    add("--mode", choices=(*MODES, "all"), default="all")
+    add("--values", default="raw,auto,int8,int4", help=f"codecs, some of {', '.join(VALUES)}")
+    add(
+        "--contenders",
+        help="some of accelerate, transformers, mapped, dense, dense-huge, endor[-CODEC][-PLACE][-decode]."
+        " PLACE: depth0, depth1, depth2 (default) or resident; decode: never straight from packed weights;"
+        " without CODEC, one for each of --values",
+    )
     add("--rounds", type=int, default=3)
     add("--tokens", type=int, default=6, help="per turn; the first, which reads the prompt, is not counted")
     add("--threads", type=int, default=0, help="of torch (default: torch's own choice)")
     add("--patience", type=float, default=0.0, metavar="S", help="to wait for a quiet machine, in all")
     add("--json", type=Path, metavar="FILE", help="also write the figures here; - for standard output only")
     arguments = parser.parse_args(words)
-    arguments.contenders = tuple(arguments.contenders.split(","))
-    if unknown := set(arguments.contenders) - set(CONTENDERS):
+    arguments.values = tuple(arguments.values.split(","))
+    if unknown := set(arguments.values) - set(VALUES):
+        parser.error(f"unknown codecs: {', '.join(sorted(unknown))}")
+    chosen = arguments.contenders.split(",") if arguments.contenders else None
+    modes = MODES if arguments.mode == "all" else (arguments.mode,)
+    arguments.contenders = {m: expand(chosen or DEFAULT_CONTENDERS[m], arguments.values) for m in modes}
+    if unknown := {name for names in arguments.contenders.values() for name in names} - set(CONTENDERS):
         parser.error(f"unknown contenders: {', '.join(sorted(unknown))}")
     if arguments.rounds < 1 or arguments.tokens < 2:
         parser.error("at least one round and two tokens are needed")
@@ -332,15 +407,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     size = "small" if arguments.small else "1b"
     hush_transformers()
     workdir = arguments.workdir or Path(tempfile.gettempdir()) / f"endor-bench-stream-{size}"
-    models = build_models(workdir, LLAMA_TINY if arguments.small else LLAMA_1B)
+    models = build_models(workdir, LLAMA_TINY if arguments.small else LLAMA_1B, _codecs(arguments))
     report: dict[str, Any] = {"environment": environment(), "modes": {}}
-    with ExitStack() as stack:
-        workers, reference = start(stack, models, arguments)
-        probe = stack.enter_context(DiskProbe(files_of(models.endor, ".safetensors")))
-        for mode in MODES if arguments.mode == "both" else (arguments.mode,):
-            series = measure(workers, reference, probe, mode, arguments)
-            report["modes"][mode] = {n: describe(workers[n], series[n], series) for n in workers}
+    for mode, names in arguments.contenders.items():
+        with ExitStack() as stack:
+            entrants = start(stack, names, models, arguments)
+            probes = {
+                codec: stack.enter_context(DiskProbe(files_of(models.packed[codec], ".safetensors")))
+                for codec in {CONTENDERS[name].values for name in names} - {None}
+                if codec
+            }
+            series = measure(entrants, probes, mode, arguments)
+            report["modes"][mode] = {n: describe(entrants[n], series[n], series) for n in names}
     return report
+
+
+def _codecs(arguments: argparse.Namespace) -> list[str]:
+    """Those of all contenders."""
+    names = (name for names in arguments.contenders.values() for name in names)
+    return sorted({codec for name in names if (codec := CONTENDERS[name].values)})
 
 
 def main(words: Sequence[str] | None = None) -> int:

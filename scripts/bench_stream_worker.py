@@ -1,27 +1,31 @@
 """One contender of `bench_stream.py` in a process of its own: loads the model once, generates when told to.
 
-A contender is a way to run the same weights with the same greedy loop. Its process is fresh, so its memory is
-its own, and it is idle while another one's turn lasts. All get the same treatment before each token:
+A contender is a way to run weights with the same loop. Its process is fresh, so its memory is its own, and
+it is idle while another one's turn lasts. All get the same treatment before each token:
 
 - `warm`: its files are in the page cache.
 - `disk`: its files are dropped from the page cache, mappings included, and that they are gone is checked. The
   time this takes is not counted for contenders that read only inside a forward. Endor reads ahead between
   forwards, too, so for it that time is counted.
+- `resident`: nothing; all weights are in the process's own memory.
 """
 
 from __future__ import annotations
 
-import hashlib
+import mmap
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from bench_common import (
@@ -36,22 +40,37 @@ from bench_common import (
     read_from_disk_bytes,
     warm_cache,
 )
+from endor.formats import CODECS
 
-__all__ = ["CONTENDERS", "DISTURBED", "Contender", "Loaded", "Models", "Turn", "Worker"]
+__all__ = [
+    "CONTENDERS",
+    "DISTURBED",
+    "MODES",
+    "VALUES",
+    "Contender",
+    "Loaded",
+    "Models",
+    "Turn",
+    "Worker",
+    "decoded",
+]
 
-MODES = ("disk", "warm")
+VALUES = ("auto", *CODECS)
+LOSSY = tuple(name for name, codec in CODECS.items() if not codec.lossless)
+
+MODES = ("disk", "warm", "resident")
 PROMPT_TOKENS = 32
 _STILL_CACHED = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """Where the same weights lie, once per format."""
+    """Where the pruned weights lie: plain, as `disk_offload` writes them for itself, packed by Endor."""
 
     dense: Path
-    endor: Path
     offload: Path
-    """What `disk_offload` writes for itself."""
+    packed: Mapping[str, Path]
+    """By `--values`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +81,30 @@ class Contender:
         title: for people.
         load: makes the model.
         files: those that a forward reads.
-        reads_ahead: whether it also reads between forwards.
+        values: how the weights are packed; None where they are dense.
+        reference: the contender that has the same weights and whose results are right.
+        is_exact: whether its logits are the reference's, so that every token must be.
     """
 
     title: str
     load: Callable[[Models], Any]
     files: Callable[[Models], list[Path]]
-    reads_ahead: bool = False
+    values: str | None = None
+    reference: str = "mapped"
+    is_exact: bool = True
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether it also reads between forwards."""
+        return self.values is not None
 
 
 def _dense_files(models: Models) -> list[Path]:
     return files_of(models.dense, ".safetensors")
+
+
+def _no_files(_models: Models) -> list[Path]:
+    return []
 
 
 def _load_mapped(models: Models) -> Any:
@@ -93,15 +125,75 @@ def _load_disk_offload(models: Models) -> Any:
     return disk_offload(_load_mapped(models), models.offload)
 
 
-def _endor(title: str, **options: Any) -> Contender:
+def _load_dense(models: Models, *, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Without the copy, the weights would stay pages of the file."""
+    model = _load_mapped(models)
+    for parameter in model.parameters():
+        parameter.data = copy(parameter.data)
+    return model
+
+
+def _huge_pages_copy(tensor: torch.Tensor) -> torch.Tensor:
+    memory = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def decoded(checkpoint: Path) -> Any:
+    """The checkpoint's weights, decoded, in a plain transformers model: what Endor must agree with."""
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    import endor
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    del config.quantization_config
+    model = LlamaForCausalLM._from_config(config, dtype=config.dtype)
+    with endor.open(checkpoint) as opened:
+        for name, parameter in model.named_parameters():
+            parameter.data = opened.read_dense(name)
+    return model
+
+
+def _endor(values: str, place: str, product: str) -> Contender:
+    """Endor with weights packed so, streamed or resident, products from packed weights or decoded first."""
+    resident = place == "resident"
+    options: dict[str, Any] = (
+        {"host_memory": None} if resident else {"host_memory": 0, "depth": int(place[-1])}
+    )
+    if product:
+        options["matmul"] = product
+
     def load(models: Models) -> Any:
         import endor
 
-        return endor.load(models.endor, **options)
+        return endor.load(models.packed[values], **options)
 
+    where = "all resident" if resident else f"depth {options['depth']}"
     return Contender(
-        title=title, load=load, files=lambda models: files_of(models.endor, ".safetensors"), reads_ahead=True
+        title=f"Endor {values}, {where}{', decoded first' if product else ''}",
+        load=load,
+        files=lambda models: files_of(models.packed[values], ".safetensors"),
+        values=values,
+        reference="mapped" if values not in LOSSY else f"decoded-{values}",
+        is_exact=product == "decode",
     )
+
+
+def _decoded(values: str) -> Contender:
+    return Contender(
+        title=f"decoded {values} weights, in memory",
+        load=lambda models: decoded(models.packed[values]),
+        files=_no_files,
+        reference=f"decoded-{values}",
+    )
+
+
+def _endor_contenders() -> Iterator[tuple[str, Contender]]:
+    for values in VALUES:
+        for place in ("", "depth0", "depth1", "depth2", "resident"):
+            for product in ("", "decode"):
+                name = "-".join(filter(None, ("endor", values, place, product)))
+                yield name, _endor(values, place or "depth2", product)
 
 
 CONTENDERS = {
@@ -114,10 +206,16 @@ CONTENDERS = {
         title="transformers device_map disk", load=_load_transformers_disk, files=_dense_files
     ),
     "mapped": Contender(title="plain from_pretrained, mapped", load=_load_mapped, files=_dense_files),
-    "endor": _endor("Endor, depth 2", host_memory=0, depth=2),
-    "endor-depth1": _endor("Endor, depth 1", host_memory=0, depth=1),
-    "endor-depth0": _endor("Endor, depth 0", host_memory=0, depth=0),
-    "endor-resident": _endor("Endor, all resident", host_memory=None),
+    "dense": Contender(
+        title="dense, in memory", load=partial(_load_dense, copy=torch.Tensor.clone), files=_no_files
+    ),
+    "dense-huge": Contender(
+        title="dense, in memory, huge pages",
+        load=partial(_load_dense, copy=_huge_pages_copy),
+        files=_no_files,
+    ),
+    **{f"decoded-{values}": _decoded(values) for values in LOSSY},
+    **dict(_endor_contenders()),
 }
 
 
@@ -137,17 +235,18 @@ DISTURBED = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One generation: token ids; for each token seconds, bytes from disk, Endor's split of the time.
+    """One generation. For each token: the likeliest one, seconds, bytes from disk, Endor's split of the time.
 
-    `foreign_share` is the share of the processors that other processes used during each token.
+    `foreign_share` is the share of the processors that other processes used during each token; `logits` is
+    float32 [tokens, vocabulary], where asked for.
     """
 
     token_ids: tuple[int, ...]
-    logits_digest: str
     token_s: tuple[float, ...]
     read_bytes: tuple[int, ...]
     foreign_share: tuple[float, ...]
     parts_s: tuple[dict[str, float], ...] = ()
+    logits: npt.NDArray[np.float32] | None = None
 
     @property
     def counted(self) -> list[int]:
@@ -183,9 +282,9 @@ class Worker:
             self.loaded: Loaded = self._receive()
         self.peak_load_bytes = sampler.peak_bytes
 
-    def run(self, mode: str, tokens: int) -> Turn:
-        """One turn: generate, in this mode, so many tokens."""
-        self._pipe.send((mode, tokens))
+    def run(self, mode: str, tokens: int, *, follow: tuple[int, ...] = (), keep_logits: bool = False) -> Turn:
+        """One turn in this mode: so many tokens after the prompt, those to follow or else its own."""
+        self._pipe.send({"mode": mode, "tokens": tokens, "follow": follow, "keep_logits": keep_logits})
         with self._sampling() as sampler:
             turn: Turn = self._receive()
         self.peak_run_bytes = max(self.peak_run_bytes, sampler.peak_bytes)
@@ -235,10 +334,10 @@ def _serve(pipe: Connection, name: str, models: Models, threads: int) -> None:
     files = contender.files(models)
     while True:
         try:
-            mode, tokens = pipe.recv()
+            request = pipe.recv()
         except EOFError:
             return
-        pipe.send(_generate(model, files, mode=mode, tokens=tokens, reads_ahead=contender.reads_ahead))
+        pipe.send(_generate(model, files, reads_ahead=contender.reads_ahead, **request))
 
 
 def _import_libraries() -> None:
@@ -270,15 +369,23 @@ def _loaded(model: Any, *, library_bytes: int, load_s: float) -> Loaded:
     return Loaded(library_bytes=library_bytes, load_s=load_s, planned_bytes=planned, streamed_bytes=streamed)
 
 
-def _generate(model: Any, files: list[Path], *, mode: str, tokens: int, reads_ahead: bool) -> Turn:
-    """Greedy decoding of a fixed prompt, one timed forward per token."""
+def _generate(
+    model: Any,
+    files: list[Path],
+    *,
+    mode: str,
+    tokens: int,
+    follow: tuple[int, ...],
+    keep_logits: bool,
+    reads_ahead: bool,
+) -> Turn:
+    """A fixed prompt and greedy decoding, or the tokens to follow; one timed forward per token."""
     if mode == "warm":
         warm_cache(files)
     forwards_before = len(_per_forward(model))
     ids = torch.arange(1, PROMPT_TOKENS + 1)[None] % model.config.vocab_size
-    cache, found, token_s, read_bytes, foreign = None, [], [], [], []
-    logits = torch.empty(0)
-    for _ in range(tokens):
+    cache, found, token_s, read_bytes, foreign, logits = None, [], [], [], [], []
+    for number in range(tokens):
         meter, read_before, began = CpuMeter(), read_from_disk_bytes(), perf_counter()
         if mode == "disk":
             _drop(files)
@@ -286,20 +393,21 @@ def _generate(model: Any, files: list[Path], *, mode: str, tokens: int, reads_ah
                 began = perf_counter()
         with torch.no_grad():
             out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits, cache = out.logits[:, -1], out.past_key_values
-        ids = logits.argmax(-1, keepdim=True)
-        found.append(int(ids))
+        cache = out.past_key_values
+        found.append(int(out.logits[0, -1].argmax()))
+        ids = torch.tensor([[follow[number] if follow else found[-1]]])
         token_s.append(perf_counter() - began)
         read_bytes.append(read_from_disk_bytes() - read_before)
         foreign.append(meter.foreign_share())
+        logits += [out.logits[0, -1].float().numpy()] if keep_logits else []
     forget_mappings(files)  # what this process maps would stay in the page cache for the others
     return Turn(
         token_ids=tuple(found),
-        logits_digest=hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()[:16],
         token_s=tuple(token_s),
         read_bytes=tuple(read_bytes),
         foreign_share=tuple(foreign),
         parts_s=tuple(forward.seconds_by_part() for forward in _per_forward(model)[forwards_before:]),
+        logits=np.stack(logits) if keep_logits else None,
     )
 
 

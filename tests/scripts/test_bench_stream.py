@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 
@@ -26,14 +28,15 @@ def turn(
     token_ids: tuple[int, ...] = (1, 2, 3),
     token_s: tuple[float, ...] = (),
     foreign_share: tuple[float, ...] = (),
+    logits: list[list[float]] | None = None,
 ) -> Any:
     nothing = (0,) * len(token_s)
     return bench.Turn(
         token_ids=token_ids,
-        logits_digest="",
         token_s=token_s,
         read_bytes=nothing,
         foreign_share=foreign_share or nothing,
+        logits=None if logits is None else np.array(logits, dtype=np.float32),
     )
 
 
@@ -76,8 +79,46 @@ def test_bound_is_bandwidth_over_bytes_per_token(bench: ModuleType) -> None:
 
 
 def test_other_tokens_than_the_reference_are_refused(bench: ModuleType) -> None:
-    with pytest.raises(bench.GateError, match=r"endor generated \[1, 2, 4\].*\[1, 2, 3\]"):
-        bench.check_tokens(turn(bench), turn(bench, token_ids=(1, 2, 4)), name="endor")
+    with pytest.raises(bench.GateError, match=r"endor generated \[1, 2, 4\], dense \[1, 2, 3\]"):
+        bench.check_tokens(turn(bench), turn(bench, token_ids=(1, 2, 4)), name="endor", source="dense")
+
+
+def test_logits_of_every_token_must_be_near_the_reference(bench: ModuleType) -> None:
+    reference = turn(bench, logits=[[3.0, 4.0], [0.0, 10.0]])
+
+    near = turn(bench, logits=[[3.0, 4.1], [0.0, 10.0]])
+    assert bench.check_logits(reference, near, name="endor") == pytest.approx(0.02)
+    with pytest.raises(bench.GateError, match=r"the logits of endor are 10.0% from"):
+        bench.check_logits(reference, turn(bench, logits=[[3.0, 4.0], [0.0, 9.0]]), name="endor")
+    with pytest.raises(bench.GateError, match="the logits of endor are nan%"):
+        bench.check_logits(reference, turn(bench, logits=[[3.0, 4.0], [0.0, math.nan]]), name="endor")
+
+
+def test_lossy_codecs_are_compared_with_their_own_weights(bench: ModuleType) -> None:
+    references = {name: c.reference for name, c in bench.CONTENDERS.items()}
+
+    assert references["endor-auto-resident"] == "mapped"
+    assert references["endor-int4-depth0-decode"] == "decoded-int4"
+    assert all(references[reference] == reference for reference in references.values())
+
+
+def test_contenders_without_a_codec_stand_for_all_codecs(bench: ModuleType) -> None:
+    names = ("dense", "endor", "endor-resident-decode", "endor-raw")
+
+    assert bench.expand(names, ("raw", "int4")) == (
+        "dense",
+        "endor-raw",
+        "endor-int4",
+        "endor-raw-resident-decode",
+        "endor-int4-resident-decode",
+    )
+
+
+def test_every_mode_has_contenders(bench: ModuleType) -> None:
+    arguments = bench.parse(["--values", "auto,int8"])
+
+    assert tuple(arguments.contenders) == bench.MODES
+    assert arguments.contenders["resident"][:2] == ("dense", "dense-huge")
 
 
 def test_no_speed_is_shown_on_a_red_gate(
@@ -98,21 +139,23 @@ def test_a_workdir_with_a_model_of_another_shape_is_refused(bench: ModuleType, t
     (tmp_path / "shape.json").write_text('{"hidden": 1}')
 
     with pytest.raises(SystemExit, match="another shape"):
-        bench.build_models(tmp_path, bench.LLAMA_TINY)
+        bench.build_models(tmp_path, bench.LLAMA_TINY, ["auto"])
 
 
 @pytest.mark.slow
 def test_all_figures_are_reported_for_a_tiny_model(repository: Path, tmp_path: Path) -> None:
-    words = ("--contenders", "accelerate,mapped,endor", "--mode", "disk", "--rounds", "1", "--tokens", "3")
+    contenders = ("--contenders", "accelerate,mapped,endor", "--values", "auto,int4", "--mode", "disk")
+    words = (*contenders, "--rounds", "1", "--tokens", "3")
     found = run_small(repository, tmp_path, *words, "--json", "-")
 
     assert found.returncode == 0, found.stderr
-    contenders = json.loads(found.stdout)["modes"]["disk"]
-    assert list(contenders) == ["accelerate", "mapped", "endor"]
-    for figures in contenders.values():
+    figures_of = json.loads(found.stdout)["modes"]["disk"]
+    assert list(figures_of) == ["accelerate", "mapped", "endor-auto", "endor-int4"]
+    for figures in figures_of.values():
         assert figures["tokens_per_second"] > 0
         assert figures["peak_anonymous_bytes"]["run"] > 0
-    endor = contenders["endor"]["endor"]
+    assert figures_of["endor-auto"]["logits_error"] <= 0.05
+    endor = figures_of["endor-auto"]["endor"]
     assert endor["streamed_bytes"] > 0
     assert endor["link_bound_tokens_per_second"] > 0
     assert set(endor["planned_bytes"]) == {"ring", "scratch", "resident", "dense"}
