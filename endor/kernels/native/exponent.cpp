@@ -10,7 +10,8 @@
 namespace endor {
 namespace {
 
-constexpr int64_t kVector = 64;  // values that kernels take at a time
+constexpr int64_t kVector = 64;        // values that kernels take at a time
+constexpr int64_t kTileValues = 2048;  // elements between two visits of the mask: reads and writes of memory overlap
 
 struct Record {
     Level levels[kMaxPairs + kMaxSingles];
@@ -77,6 +78,45 @@ const uint8_t* with_slack(const uint8_t* section, int64_t first, int64_t last, i
     return copy;
 }
 
+// The values of one record, in order.
+class Values {
+   public:
+    Values(const ExponentDecodeJob& job, RecordCursor& cursor)
+        : read_(job.kernels->values[job.levels.width(0) - 1][job.float16]), cursor_(cursor) {}
+
+    // At least the next `count`, of those there are.
+    void read(int64_t count, uint16_t* out, bool streaming) {
+        const int64_t left = cursor_.count - cursor_.value, wanted = whole_vectors(count);
+        read_(cursor_, wanted < left ? wanted : left, out, streaming);
+    }
+
+   private:
+    void (*read_)(RecordCursor&, int64_t, uint16_t*, bool);
+    RecordCursor& cursor_;
+};
+
+// Expands tile after tile of a row block: as many rows as fit, or a part of one.
+void expand_block(const DecodeJob& job, const Block& block, Values values) {
+    alignas(64) uint16_t tile[kTileValues + 2 * kVector];
+    const int64_t cols = job.shape.cols, words = job.shape.words_per_row();
+    const int64_t tile_rows = cols < kTileValues ? kTileValues / (cols ? cols : 1) : 1;
+    int64_t kept_over = 0;  // values that were read along with the tile before
+    for (int64_t row = 0; row < block.rows; row += tile_rows) {
+        const int64_t rows = block.rows - row < tile_rows ? block.rows - row : tile_rows;
+        for (int64_t col = 0; col < cols; col += kTileValues) {
+            const int64_t width = cols - col < kTileValues ? cols - col : kTileValues;
+            const uint8_t* bitmap = block.bitmap + row * words * 8 + col / 8;
+            const int64_t needed = job.kernels->count(bitmap, rows, width);
+            if (needed > kept_over) values.read(needed - kept_over, tile + kept_over, false);
+            job.kernels->decode[1](bitmap, reinterpret_cast<const uint8_t*>(tile),
+                                   reinterpret_cast<const uint8_t*>(tile + kTileValues + 2 * kVector),
+                                   block.out + (row * cols + col) * 2, rows, width, job.streaming);
+            kept_over = needed > kept_over ? whole_vectors(needed - kept_over) - (needed - kept_over) : kept_over - needed;
+            std::memmove(tile, tile + needed, kVector * sizeof(uint16_t));
+        }
+    }
+}
+
 }  // namespace
 
 int64_t decode_exponent_block(const void* context, const Block& block) {
@@ -85,13 +125,13 @@ int64_t decode_exponent_block(const void* context, const Block& block) {
     RecordCursor cursor;
     const int64_t broken = open_record(job, block.number, block.start, block.stop, scratch, cursor);
     if (broken != -1) return broken;
-    const int planes = job.levels.width(0);
-    if (block.bitmap) {
-        job.kernels->rows[planes - 1][job.float16](cursor, block.bitmap, block.out, block.rows, job.mask.shape.cols,
-                                                   job.mask.streaming);
+    const auto expand_rows = job.kernels->rows[job.levels.width(0) - 1][job.float16];
+    if (!block.bitmap) {
+        Values(job, cursor).read(cursor.count, reinterpret_cast<uint16_t*>(block.out), job.mask.streaming);
+    } else if (expand_rows) {
+        expand_rows(cursor, block.bitmap, block.out, block.rows, job.mask.shape.cols, job.mask.streaming);
     } else {
-        job.kernels->values[planes - 1][job.float16](cursor, block.stop - block.start,
-                                                     reinterpret_cast<uint16_t*>(block.out), job.mask.streaming);
+        expand_block(job.mask, block, Values(job, cursor));
     }
     return -1;
 }
@@ -113,7 +153,9 @@ int64_t open_record(const ExponentDecodeJob& job, int64_t block, int64_t start, 
               job.sign_mantissa + start,
               nullptr,
               0,
-              0};
+              0,
+              stop - start,
+              record.rest - first.planes};
     uint8_t* const copies = runs + 2 * room;
     if (last) cursor.sign_mantissa = with_slack(job.sign_mantissa, start, stop, job.mask.nnz, copies);
     if (job.float16) {

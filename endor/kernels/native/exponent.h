@@ -54,6 +54,35 @@ struct RecordCursor {
     const uint8_t* low;            // float16: the byte with that value's lowest mantissa bits
     int low_shift;                 // bits of that byte that belong to values before
     int64_t value;                 // values taken so far
+    int64_t count;                 // of the record's values
+    int64_t planes_bytes;          // of all its planes; the next record's lie behind them and are about as many
+};
+
+// What to fetch ahead: of signs, mantissas and low bits what comes in a while, and of the planes, which are walked level
+// by level before any value is read, those of the next record.
+class Ahead {
+   public:
+    explicit Ahead(const RecordCursor& record)
+        : planes_(reinterpret_cast<uintptr_t>(record.planes[0]) + static_cast<uintptr_t>(record.planes_bytes)),
+          planes_per_value_(record.count ? (record.planes_bytes << 16) / record.count : 0) {}
+
+    template <bool kFloat16>
+    void fetch(const RecordCursor& record, int64_t value) const {
+        const auto heads = reinterpret_cast<uintptr_t>(record.sign_mantissa), low = reinterpret_cast<uintptr_t>(record.low);
+        const auto i = static_cast<uintptr_t>(value);
+        fetch_line(heads + i + kAheadBytes);
+        if constexpr (kFloat16) fetch_line(low + (i + kAheadBytes) / 8 * 3);
+        fetch_line(planes_ + (i * static_cast<uintptr_t>(planes_per_value_) >> 16));
+    }
+
+    // Fetching a line that does not exist is harmless, so nobody checks: but the address must not be made with pointers.
+    static void fetch_line(uintptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address)); }
+
+   private:
+    static constexpr uintptr_t kAheadBytes = 4096;
+
+    uintptr_t planes_;
+    int64_t planes_per_value_;  // in 1 / 65536 bytes
 };
 
 // The loops of one instruction set; arrays are indexed by the planes of the level less one, and by whether values are
@@ -65,11 +94,12 @@ struct ExponentKernels {
     void (*place[2])(const uint8_t* exponents, int64_t count, uint8_t* out);
     // The exponents of all values of a level; reads 64 bytes wherever `next` comes to stand, writes whole vectors of 64.
     void (*exponents[2])(const Level& level, const uint8_t* next, uint8_t* out);
-    // The next rows under a bitmap that keeps no more values than the record has left.
+    // The next `count` values; a multiple of 64, or all that are left.
+    void (*values[2][2])(RecordCursor& cursor, int64_t count, uint16_t* out, bool streaming);
+    // The next rows under a bitmap that keeps no more values than the record has left. Null where it is faster to read
+    // values first and then to expand them.
     void (*rows[2][2])(RecordCursor& cursor, const uint8_t* bitmap, uint8_t* out, int64_t rows, int64_t cols,
                        bool streaming);
-    // All `count` values of a record.
-    void (*values[2][2])(RecordCursor& cursor, int64_t count, uint16_t* out, bool streaming);
 };
 
 const ExponentKernels* avx512_exponent_kernels();

@@ -15,31 +15,6 @@
 namespace endor {
 namespace {
 
-// For eight columns: where their bytes come from in a register of eight signs and mantissas and, in its upper half, eight
-// exponents. Bytes 2i take the former, bytes 2i + 1 the latter; 0x80 gives zero. A column's three low bits of float16.
-struct PairLanes {
-    alignas(16) uint8_t heads[256][16];
-    alignas(16) uint8_t exponents[256][16];
-    uint64_t sevens[256];
-};
-
-constexpr PairLanes make_pair_lanes() {
-    PairLanes lanes{};
-    for (int byte = 0; byte < 256; ++byte) {
-        uint8_t kept = 0;
-        for (int i = 0; i < 8; ++i) {
-            const bool here = byte >> i & 1;
-            lanes.heads[byte][2 * i] = here ? kept : 0x80;
-            lanes.exponents[byte][2 * i + 1] = here ? static_cast<uint8_t>(8 + kept) : 0x80;
-            if (here) lanes.sevens[byte] |= uint64_t{7} << 8 * i;
-            kept = static_cast<uint8_t>(kept + here);
-        }
-    }
-    return lanes;
-}
-
-constexpr PairLanes kPairLanes = make_pair_lanes();
-
 struct ExponentIsa {
     struct Vector {
         __m256i half[2];
@@ -173,101 +148,6 @@ struct ExponentIsa {
             put<kStream>(out + 32 * i, _mm256_permute2x128_si256(even, odd, 0x20));
             put<kStream>(out + 32 * i + 16, _mm256_permute2x128_si256(even, odd, 0x31));
         }
-    }
-
-    // 16 weights of which the lower bytes are sign and mantissa, the higher ones placed exponents.
-    template <bool kFloat16>
-    ENDOR_TARGET static inline __m256i weights16(__m256i pairs, __m256i low) {
-        if constexpr (kFloat16) {
-            const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(pairs, _mm256_set1_epi16(0x80)), 8);
-            const __m256i mantissa = _mm256_slli_epi16(_mm256_and_si256(pairs, _mm256_set1_epi16(0x7F)), 3);
-            const __m256i exponent = _mm256_and_si256(pairs, _mm256_set1_epi16(0x7C00));
-            return _mm256_or_si256(_mm256_or_si256(sign, mantissa), _mm256_or_si256(exponent, low));
-        } else {
-            const __m256i top_bits = _mm256_set1_epi8(static_cast<char>(0x80));
-            const __m256i other = _mm256_or_si256(_mm256_slli_epi16(pairs, 8), _mm256_srli_epi16(pairs, 8));
-            return select(top_bits, other, pairs);
-        }
-    }
-
-    template <int kPlanes, bool kFloat16>
-    class Cursor {
-       public:
-        ENDOR_TARGET explicit Cursor(const RecordCursor& record) : record_(record) {
-            for (int i = 0; i < kNamed; ++i) named_[i] = _mm256_set1_epi16(static_cast<short>(record.named[i] << 8));
-        }
-
-        template <bool kStream>
-        ENDOR_TARGET inline void next(uint64_t word, uint16_t* out) {
-            const uint64_t a = _pdep_u64(bits_from_here(record_.planes[0]), word);
-            const uint64_t b = kPlanes == 2 ? _pdep_u64(bits_from_here(record_.planes[1]), word) : a;
-            for (int i = 0; i < 64; i += 16) {
-                const uint32_t kept = static_cast<uint32_t>(word >> i & 0xFFFF), sent_on = static_cast<uint32_t>((a & b) >> i & 0xFFFF);
-                __m256i low = _mm256_setzero_si256();
-                if constexpr (kFloat16) low = low16(kept);
-                const __m128i first = pairs8(kept & 0xFF, sent_on & 0xFF), second = pairs8(kept >> 8, sent_on >> 8);
-                __m256i pairs = _mm256_set_m128i(second, first);
-                if constexpr (kPlanes == 2) {
-                    const uint32_t bits_a = static_cast<uint32_t>(a >> i & 0xFFFF), bits_b = static_cast<uint32_t>(b >> i & 0xFFFF);
-                    pairs = _mm256_or_si256(pairs, _mm256_and_si256(lanes16(kept & ~(bits_a | bits_b)), named_[0]));
-                    pairs = _mm256_or_si256(pairs, _mm256_and_si256(lanes16(bits_a & ~bits_b), named_[1]));
-                    pairs = _mm256_or_si256(pairs, _mm256_and_si256(lanes16(bits_b & ~bits_a), named_[2]));
-                } else {
-                    pairs = _mm256_or_si256(pairs, _mm256_and_si256(lanes16(kept & ~sent_on), named_[0]));
-                }
-                put<kStream>(out + i, weights16<kFloat16>(pairs, low));
-            }
-        }
-
-        const RecordCursor& record() const { return record_; }
-
-       private:
-        static constexpr int kNamed = kPlanes == 2 ? 3 : 1;
-
-        // 64 bits of a plane, from that of the next value on. Of those behind the last value pdep makes no use.
-        ENDOR_TARGET inline uint64_t bits_from_here(const uint8_t* plane) const {
-            uint64_t words[2];
-            std::memcpy(words, plane + (record_.value >> 6) * 8, sizeof words);
-            const int shift = static_cast<int>(record_.value & 63);
-            return words[0] >> shift | words[1] << 1 << (63 - shift);
-        }
-
-        // Eight columns: sign and mantissa in the lower bytes, in the higher ones the exponents sent on.
-        ENDOR_TARGET inline __m128i pairs8(uint32_t kept, uint32_t sent_on) {
-            const __m128i lanes =
-                _mm_or_si128(_mm_load_si128(reinterpret_cast<const __m128i*>(kPairLanes.heads[kept])),
-                             _mm_load_si128(reinterpret_cast<const __m128i*>(kPairLanes.exponents[sent_on])));
-            const __m128i packed = _mm_unpacklo_epi64(
-                _mm_loadl_epi64(reinterpret_cast<const __m128i*>(record_.sign_mantissa + record_.value)),
-                _mm_loadl_epi64(reinterpret_cast<const __m128i*>(record_.next)));
-            record_.value += __builtin_popcount(kept);
-            record_.next += __builtin_popcount(sent_on);
-            return _mm_shuffle_epi8(packed, lanes);
-        }
-
-        ENDOR_TARGET static inline __m256i lanes16(uint32_t bits) {
-            const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
-            return _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(static_cast<short>(bits)), bit), bit);
-        }
-
-        // The three low bits of 16 columns.
-        ENDOR_TARGET inline __m256i low16(uint32_t kept) const {
-            const int64_t bit = 3 * record_.value + record_.low_shift;
-            uint64_t bits;
-            std::memcpy(&bits, record_.low + (bit >> 3), sizeof bits);
-            bits >>= bit & 7;
-            const uint64_t first = _pdep_u64(bits, kPairLanes.sevens[kept & 0xFF]);
-            const uint64_t second = _pdep_u64(bits >> 3 * __builtin_popcount(kept & 0xFF), kPairLanes.sevens[kept >> 8]);
-            return _mm256_cvtepu8_epi16(_mm_set_epi64x(static_cast<int64_t>(second), static_cast<int64_t>(first)));
-        }
-
-        RecordCursor record_;
-        __m256i named_[kNamed];
-    };
-
-    template <bool kStream, class C>
-    ENDOR_TARGET static inline void take(C& cursor, uint64_t word, uint16_t* out) {
-        cursor.template next<kStream>(word, out);
     }
 };
 

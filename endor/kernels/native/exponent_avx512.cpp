@@ -77,14 +77,6 @@ struct ExponentIsa {
         const __m512i low_bits = kFloat16 ? low_bits512(low, shift) : __m512i{};
         put<kStream>(interleave512(join512<kFloat16>(exponents, _mm512_loadu_si512(sign_mantissa), low_bits)), out);
     }
-
-    template <int kPlanes, bool kFloat16>
-    using Cursor = Cursor512<kPlanes, kFloat16>;
-
-    template <bool kStream, class C>
-    ENDOR_TARGET static inline void take(C& cursor, uint64_t word, uint16_t* out) {
-        put<kStream>(cursor.next(word), out);
-    }
 };
 
 }  // namespace
@@ -93,9 +85,60 @@ struct ExponentIsa {
 #include "exponent_loops.h"
 
 namespace endor {
+namespace {
+
+template <int kPlanes, bool kFloat16, bool kStream>
+ENDOR_TARGET void expand_words(RecordCursor& record, const uint8_t* bitmap, uint16_t* out, int64_t rows, int64_t cols) {
+    const auto block_bytes = static_cast<uintptr_t>(rows * ((cols + kWordBits - 1) / kWordBits) * 8);
+    const Ahead ahead(record);
+    Cursor512<kPlanes, kFloat16> cursor(record);
+    for (int64_t row = 0; row < rows; ++row) {
+        int64_t left = cols;
+        for (; left >= kWordBits; left -= kWordBits, bitmap += 8, out += kWordBits) {
+            Ahead::fetch_line(reinterpret_cast<uintptr_t>(bitmap) + block_bytes);
+            ahead.fetch<kFloat16>(cursor.record(), cursor.record().value);
+            ExponentIsa::put<kStream>(cursor.next(load_bits(bitmap)), out);
+        }
+        if (left) {
+            alignas(64) uint16_t buffer[kWordBits];
+            ExponentIsa::put<false>(cursor.next(load_bits(bitmap)), buffer);
+            std::memcpy(out, buffer, static_cast<size_t>(left) * sizeof *out);
+            bitmap += 8;
+            out += left;
+        }
+    }
+    record = cursor.record();
+}
+
+template <int kPlanes, bool kFloat16>
+ENDOR_TARGET void expand_rows(RecordCursor& record, const uint8_t* bitmap, uint8_t* out, int64_t rows, int64_t cols,
+                              bool streaming) {
+    uint16_t* const to = reinterpret_cast<uint16_t*>(out);
+    if (cols % kWordBits == 0) {  // rows without padding are one long row
+        cols *= rows;
+        rows = rows ? 1 : 0;
+    }
+    // Non-temporal stores exist for whole aligned vectors only.
+    if (streaming && reinterpret_cast<uintptr_t>(out) % 64 == 0 && (rows == 1 || cols % 32 == 0)) {
+        expand_words<kPlanes, kFloat16, true>(record, bitmap, to, rows, cols);
+    } else {
+        expand_words<kPlanes, kFloat16, false>(record, bitmap, to, rows, cols);
+    }
+}
+
+constexpr ExponentKernels make_kernels() {
+    ExponentKernels kernels = make_exponent_kernels();
+    kernels.rows[0][0] = expand_rows<1, false>;
+    kernels.rows[0][1] = expand_rows<1, true>;
+    kernels.rows[1][0] = expand_rows<2, false>;
+    kernels.rows[1][1] = expand_rows<2, true>;
+    return kernels;
+}
+
+}  // namespace
 
 const ExponentKernels* avx512_exponent_kernels() {
-    static constexpr ExponentKernels kernels = make_exponent_kernels();
+    static constexpr ExponentKernels kernels = make_kernels();
     return avx512_kernels() && __builtin_cpu_supports("avx512vbmi") ? &kernels : nullptr;
 }
 

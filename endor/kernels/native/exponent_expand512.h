@@ -111,10 +111,10 @@ class Cursor512 {
     }
 
     // The next 64 columns, of which `word` says which are kept; all others are zero.
-    ENDOR_TARGET inline Weights512 next(uint64_t word) { return interleave512(next_bytes(word)); }
+    ENDOR_TARGET __attribute__((always_inline)) inline Weights512 next(uint64_t word) { return interleave512(next_bytes(word)); }
 
     // The same before bytes are put beside each other: for whoever can do with another order of columns.
-    ENDOR_TARGET inline Bytes512 next_bytes(uint64_t word) {
+    ENDOR_TARGET __attribute__((always_inline)) inline Bytes512 next_bytes(uint64_t word) {
         const uint64_t a = _pdep_u64(bits_from_here(record_.planes[0]), word);
         const uint64_t b = kPlanes == 2 ? _pdep_u64(bits_from_here(record_.planes[1]), word) : a;
         __m512i exponents = _mm512_maskz_mov_epi8(word, named_[0]);

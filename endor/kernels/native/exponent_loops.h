@@ -9,12 +9,9 @@
 //   static int64_t count(a, b, words)                        bits set in both
 //   static void join<kFloat16, kStream>(Vector, const uint8_t* sign_mantissa, const uint8_t* low, int shift, uint16_t* out)
 //                                                            may read 64 and, at low, 32 bytes
-//   class Cursor<kPlanes, kFloat16>                          made of a RecordCursor, which `record()` gives back
-//   static void take<kStream>(Cursor&, uint64_t word, uint16_t* out)   the next 64 columns, of which `word` keeps some
 //
-// A record is decoded from its last level to its second: what a level sends on is then a run of exponents that already
-// lies in memory, to be expanded into the gaps that the level leaves. The first level is taken together with mask, sign
-// and mantissa, column by column. Nothing branches on bits.
+// A record is decoded from its last level to its first: what a level sends on is then a run of exponents that already
+// lies in memory, to be expanded into the gaps that the level leaves. Nothing branches on bits.
 
 namespace endor {
 namespace {
@@ -68,80 +65,37 @@ ENDOR_TARGET void level_exponents(const Level& level, const uint8_t* next, uint8
     }
 }
 
-inline void prefetch_at(const void* from, uintptr_t bytes) {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + bytes));
-}
-
-constexpr uintptr_t kPrefetchBytes = 2048;
-
-// Non-temporal stores exist for whole aligned vectors only.
-inline bool can_stream(const void* out, int64_t rows, int64_t cols) {
-    return reinterpret_cast<uintptr_t>(out) % 64 == 0 && (rows == 1 || cols % 32 == 0);
-}
-
-template <int kPlanes, bool kFloat16, bool kStream>
-ENDOR_TARGET void expand_words(RecordCursor& record, const uint8_t* bitmap, uint16_t* out, int64_t rows, int64_t cols) {
-    typename ExponentIsa::template Cursor<kPlanes, kFloat16> cursor(record);
-    for (int64_t row = 0; row < rows; ++row) {
-        int64_t left = cols;
-        for (; left >= kWordBits; left -= kWordBits, bitmap += 8, out += kWordBits) {
-            prefetch_at(cursor.record().sign_mantissa, static_cast<uintptr_t>(cursor.record().value) + kPrefetchBytes);
-            ExponentIsa::template take<kStream>(cursor, load_bits(bitmap), out);
-        }
-        if (left) {
-            alignas(64) uint16_t buffer[kWordBits];
-            ExponentIsa::template take<false>(cursor, load_bits(bitmap), buffer);
-            std::memcpy(out, buffer, left * sizeof *out);
-            bitmap += 8;
-            out += left;
-        }
-    }
-    record = cursor.record();
-}
-
-template <int kPlanes, bool kFloat16>
-ENDOR_TARGET void expand_rows(RecordCursor& record, const uint8_t* bitmap, uint8_t* out, int64_t rows, int64_t cols,
-                              bool streaming) {
-    uint16_t* const to = reinterpret_cast<uint16_t*>(out);
-    if (cols % kWordBits == 0) {  // rows without padding are one long row
-        cols *= rows;
-        rows = rows ? 1 : 0;
-    }
-    if (streaming && can_stream(out, rows, cols)) {
-        expand_words<kPlanes, kFloat16, true>(record, bitmap, to, rows, cols);
-    } else {
-        expand_words<kPlanes, kFloat16, false>(record, bitmap, to, rows, cols);
-    }
-}
-
-// Without gaps: the bits of the planes are the bits of the columns.
 template <int kPlanes, bool kFloat16, bool kStream>
 ENDOR_TARGET void join_values(RecordCursor& record, int64_t count, uint16_t* out) {
     const auto table = ExponentIsa::template load_table<kPlanes>(record.named);
-    const uint8_t *a = record.planes[0], *b = record.planes[1], *next = record.next;
-    const uint8_t *heads = record.sign_mantissa, *low = record.low;
+    const uint8_t* const a = record.planes[0] + record.value / 8;
+    const uint8_t* const b = record.planes[1] + record.value / 8;
+    const uint8_t* const heads = record.sign_mantissa + record.value;
+    const uint8_t* const low = kFloat16 ? record.low + record.value / 8 * 3 : nullptr;
+    const uint8_t* next = record.next;
+    const Ahead ahead(record);
     int64_t i = 0;
     for (; i + 64 <= count; i += 64) {
-        prefetch_at(heads, kPrefetchBytes);
-        const auto exponents = ExponentIsa::template exponents<kPlanes>(load_bits(a), load_bits(b), table, next);
-        ExponentIsa::template join<kFloat16, kStream>(exponents, heads, low, record.low_shift, out + i);
-        a += 8, b += 8, heads += 64;
-        if constexpr (kFloat16) low += 24;
+        ahead.fetch<kFloat16>(record, record.value + i);
+        const auto exponents =
+            ExponentIsa::template exponents<kPlanes>(load_bits(a + i / 8), load_bits(b + i / 8), table, next);
+        ExponentIsa::template join<kFloat16, kStream>(exponents, heads + i, low + i / 8 * 3, record.low_shift, out + i);
     }
     if (const int64_t left = count - i) {
         alignas(64) uint16_t buffer[64];
-        const auto exponents =
-            ExponentIsa::template exponents<kPlanes>(load_last_bits(a, left), load_last_bits(b, left), table, next);
-        ExponentIsa::template join<kFloat16, false>(exponents, heads, low, record.low_shift, buffer);
+        const auto exponents = ExponentIsa::template exponents<kPlanes>(load_last_bits(a + i / 8, left),
+                                                                        load_last_bits(b + i / 8, left), table, next);
+        ExponentIsa::template join<kFloat16, false>(exponents, heads + i, low + i / 8 * 3, record.low_shift, buffer);
         std::memcpy(out + i, buffer, left * sizeof *out);
     }
     record.next = next;
-    record.value = count;
+    record.value += count;
 }
 
 template <int kPlanes, bool kFloat16>
-ENDOR_TARGET void all_values(RecordCursor& record, int64_t count, uint16_t* out, bool streaming) {
-    if (streaming && can_stream(out, 1, count)) {
+ENDOR_TARGET void read_values(RecordCursor& record, int64_t count, uint16_t* out, bool streaming) {
+    // Non-temporal stores exist for whole aligned vectors only.
+    if (streaming && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
         join_values<kPlanes, kFloat16, true>(record, count, out);
     } else {
         join_values<kPlanes, kFloat16, false>(record, count, out);
@@ -152,8 +106,8 @@ constexpr ExponentKernels make_exponent_kernels() {
     return {{count_escapes<1>, count_escapes<2>},
             {place_exponents<false>, place_exponents<true>},
             {level_exponents<1>, level_exponents<2>},
-            {{expand_rows<1, false>, expand_rows<1, true>}, {expand_rows<2, false>, expand_rows<2, true>}},
-            {{all_values<1, false>, all_values<1, true>}, {all_values<2, false>, all_values<2, true>}}};
+            {{read_values<1, false>, read_values<1, true>}, {read_values<2, false>, read_values<2, true>}},
+            {}};
 }
 
 }  // namespace

@@ -55,44 +55,18 @@ struct ExponentIsa {
 
     static void store(const Vector& exponents, uint8_t* out) { std::memcpy(out, exponents.lanes, 64); }
 
-    template <bool kFloat16>
-    static uint16_t weight(int exponent, int head, const uint8_t* low, int64_t bit) {
-        const int sign = (head & 0x80) << 8, mantissa = head & 0x7F;
-        if constexpr (kFloat16) {
-            const int bits = (low[bit / 8] | low[bit / 8 + 1] << 8) >> bit % 8 & 7;
-            return static_cast<uint16_t>(sign | exponent << 8 | mantissa << 3 | bits);
-        } else {
-            return static_cast<uint16_t>(sign | (exponent & 0x7F) << 8 | (exponent & 0x80) | mantissa);
-        }
-    }
-
     template <bool kFloat16, bool kStream>
     static void join(const Vector& exponents, const uint8_t* sign_mantissa, const uint8_t* low, int shift, uint16_t* out) {
-        for (int i = 0; i < 64; ++i) out[i] = weight<kFloat16>(exponents.lanes[i], sign_mantissa[i], low, 3 * i + shift);
-    }
-
-    template <int kPlanes, bool kFloat16>
-    class Cursor {
-       public:
-        explicit Cursor(const RecordCursor& record) : record_(record) {}
-
-        const RecordCursor& record() const { return record_; }
-
-        uint16_t value() {
-            const int64_t i = record_.value++;
-            const int a = record_.planes[0][i / 8] >> i % 8 & 1, b = record_.planes[1][i / 8] >> i % 8 & 1;
-            const int code = kPlanes == 2 ? a | b << 1 : a;
-            const int exponent = code == (1 << kPlanes) - 1 ? *record_.next++ : record_.named[code];
-            return weight<kFloat16>(exponent, record_.sign_mantissa[i], record_.low, 3 * i + record_.low_shift);
+        for (int i = 0; i < 64; ++i) {
+            const int exponent = exponents.lanes[i], head = sign_mantissa[i], sign = (head & 0x80) << 8, mantissa = head & 0x7F;
+            if constexpr (kFloat16) {
+                const int bit = 3 * i + shift;
+                const int bits = (low[bit / 8] | low[bit / 8 + 1] << 8) >> bit % 8 & 7;
+                out[i] = static_cast<uint16_t>(sign | exponent << 8 | mantissa << 3 | bits);
+            } else {
+                out[i] = static_cast<uint16_t>(sign | (exponent & 0x7F) << 8 | (exponent & 0x80) | mantissa);
+            }
         }
-
-       private:
-        RecordCursor record_;
-    };
-
-    template <bool kStream, class C>
-    static void take(C& cursor, uint64_t word, uint16_t* out) {
-        for (int i = 0; i < 64; ++i) out[i] = word >> i & 1 ? cursor.value() : uint16_t{0};
     }
 };
 
