@@ -23,7 +23,7 @@ from endor.formats.packed import PackedTensor, TensorLayout, offsets_dtype
 from endor.kernels.backend import Backend
 from endor.kernels.native_exponent import decode_exponent, encode_exponent
 from endor.kernels.native_memory import aligned, size_log2
-from endor.kernels.native_quantized import decode_quantized
+from endor.kernels.native_quantized import decode_quantized, encode_quantized
 from endor.kernels.openmp import parallel_address
 from endor.kernels.reference import ReferenceBackend
 
@@ -56,7 +56,7 @@ class NativeBackend(Backend):
 
     def encode(self, weight: Tensor, codec: str, *, mask: str = "bitmap") -> PackedTensor:
         if codec in {"int8", "int4"}:
-            return _REFERENCE.encode(weight, codec, mask=mask)
+            return encode_quantized(self._extension, self._isa, aligned(weight), codec, mask)
         weight = aligned(weight)
         g = Geometry.of(tuple(weight.shape))
         kept = self._keep(weight, g) if mask == "bitmap" else _keep_all(weight, g)

@@ -14,6 +14,7 @@
 #include "matmul.h"
 #include "parallel.h"
 #include "quantized.h"
+#include "quantized_encode.h"
 #include "row_blocks.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -260,6 +261,65 @@ PyObject* py_decode_quantized(PyObject*, PyObject* args) {
     return PyLong_FromLongLong(failure);
 }
 
+const QuantizeKernels* quantize_kernels_at(int isa) {
+    const QuantizeKernels* kernels = isa == 0 ? avx512_quantize_kernels() : isa == 1 ? avx2_quantize_kernels() : nullptr;
+    return kernels ? kernels : scalar_quantize_kernels();
+}
+
+// (isa, threads, rows, cols, row block, type, dense)
+bool parse_quantized_job(PyObject* arguments, QuantizedEncodeJob& job) {
+    int isa, type;
+    long long rows, cols, row_block;
+    unsigned long long dense;
+    if (!PyArg_ParseTuple(arguments, "iiLLLiK", &isa, &job.threads, &rows, &cols, &row_block, &type, &dense)) return false;
+    job.bits = checked_kernels(isa);
+    job.kernels = quantize_kernels_at(isa);
+    job.shape = {rows, cols, row_block};
+    job.type = static_cast<FloatType>(type);
+    job.dense = pointer<const uint8_t>(dense);
+    return job.bits;
+}
+
+PyObject* py_quantized_mask(PyObject*, PyObject* args) {
+    QuantizedEncodeJob job{};
+    PyObject* common;
+    unsigned long long bitmap, starts;
+    if (!PyArg_ParseTuple(args, "O!KK", &PyTuple_Type, &common, &bitmap, &starts) || !parse_quantized_job(common, job)) {
+        return nullptr;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    scan_mask(job, pointer<uint8_t>(bitmap), pointer<int64_t>(starts));
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* py_encode_quantized(PyObject*, PyObject* args) {
+    QuantizedEncodeJob job{};
+    PyObject* common;
+    int int4;
+    unsigned long long bitmap, starts, factors, codebook, scales, codes;
+    if (!PyArg_ParseTuple(args, "O!pKKKifKKK", &PyTuple_Type, &common, &int4, &bitmap, &starts, &factors,
+                          &job.factor_count, &job.highest_scale, &codebook, &scales, &codes) ||
+        !parse_quantized_job(common, job)) {
+        return nullptr;
+    }
+    if (job.factor_count < 1 || job.factor_count > kMaxFactors) {
+        return PyErr_Format(PyExc_ValueError, "%d factors, expected 1 to %d", job.factor_count, kMaxFactors);
+    }
+    job.int4 = int4;
+    job.bitmap = pointer<const uint8_t>(bitmap);
+    job.starts = pointer<const int64_t>(starts);
+    job.factors = pointer<const float>(factors);
+    job.codebook = pointer<const int8_t>(codebook);
+    job.scales = pointer<uint16_t>(scales);
+    job.codes = pointer<uint8_t>(codes);
+    bool finite;
+    Py_BEGIN_ALLOW_THREADS
+    finite = encode_quantized(job);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(finite);
+}
+
 const MatmulKernels* matmul_kernels_at(int isa, bool fp32) {
     switch (isa) {
         case 0: return avx512bf16_matmul(fp32);
@@ -362,6 +422,8 @@ PyMethodDef methods[] = {
     {"exponent_split", py_exponent_split, METH_VARARGS, "Histograms of exponents, and everything but exponents."},
     {"exponent_records", py_exponent_records, METH_VARARGS, "Write all records of codec exponent."},
     {"decode_quantized", py_decode_quantized, METH_VARARGS, "As decode, for codecs int8 and int4 under any mask."},
+    {"quantized_mask", py_quantized_mask, METH_VARARGS, "Write the bitmap and the int64 row offsets of a matrix."},
+    {"encode_quantized", py_encode_quantized, METH_VARARGS, "Write scales and codes; False for NaN or infinity."},
     {"matmul_isas", py_matmul_isas, METH_NOARGS, "Instruction sets of matmul, fastest first, and their numbers."},
     {"matmul", py_matmul, METH_VARARGS, "y = x W^T + bias; -1, or 4 * row block + rule broken."},
     {"set_openmp", py_set_openmp, METH_VARARGS, "Use the OpenMP runtime with this GOMP_parallel; 0: own threads."},
