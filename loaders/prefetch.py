@@ -23,31 +23,27 @@ import torch
 from endor.errors import EndorError, LoadError, PlanError
 from endor.loaders.flight import Flight, FlightCrew, Hold, OnRead
 from endor.loaders.plan import LoadPlan, Unit
-from endor.loaders.reader import Reader, ReadReport
+from endor.loaders.reader import Moved, Reader, ReadReport
 from endor.loaders.staging import StagingPool
 
 __all__ = ["Lease", "OnRead", "PrefetchStats", "Prefetcher"]
 
 
 @dataclass(frozen=True)
-class PrefetchStats:
-    """Totals since the prefetcher was made; subtract two snapshots for what lies between them."""
+class PrefetchStats(Moved):
+    """Totals since the prefetcher was made; subtract two snapshots for what lies between them.
+
+    The bytes are those of the units acquired; `discarded_bytes` come on top.
+    """
 
     acquires: int = 0
     stall_s: float = 0.0
     """Time `acquire` waited for bytes."""
     read_s: float = 0.0
     """Time the reader was busy with the units acquired."""
-    bytes_direct: int = 0
-    bytes_buffered: int = 0
     discarded_units: int = 0
     """Units read ahead, or begun, and given up because another one was asked for."""
     discarded_bytes: int = 0
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the units acquired; `discarded_bytes` come on top."""
-        return self.bytes_direct + self.bytes_buffered
 
     def __sub__(self, earlier: PrefetchStats) -> PrefetchStats:
         return PrefetchStats(
@@ -341,14 +337,7 @@ class Prefetcher:
         lease.stall_s = stall_s
         lease.report = report if first else ReadReport()  # a second lease of the same bytes read nothing
         with self._lock:
-            self._stats = _plus(
-                self._stats,
-                acquires=1,
-                stall_s=stall_s,
-                read_s=lease.report.read_s,
-                bytes_direct=lease.report.bytes_direct,
-                bytes_buffered=lease.report.bytes_buffered,
-            )
+            self._stats = _plus(self._stats, acquires=1, stall_s=stall_s, **vars(lease.report))
 
     def _no_room(self, unit: Unit) -> PlanError:
         held = ", ".join(f"{flight.unit.name!r} ({flight.unit.span_bytes} bytes)" for flight in self._held)

@@ -9,40 +9,77 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from time import perf_counter
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from endor.errors import LoadError
 from endor.loaders.latch import Latch
 from endor.loaders.plan import ReadOp, Unit
 
-__all__ = ["BusyClock", "ReadReport", "Reader", "Ticket", "read_unit"]
+__all__ = [
+    "BusyClock",
+    "Destination",
+    "DeviceMemory",
+    "DirectMode",
+    "Moved",
+    "ReadReport",
+    "Reader",
+    "Ticket",
+    "read_unit",
+]
+
+DirectMode = Literal["auto"] | bool
+"""Whether to read around the page cache: True and False are rules, `auto` asks what the cache holds."""
+
+
+class DeviceMemory(Protocol):
+    """Contiguous bytes on a GPU, as a uint8 tensor of torch or cupy is."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+    def __getitem__(self, key: slice, /) -> Any: ...
+
+
+Destination = memoryview | DeviceMemory
 
 
 @dataclass(frozen=True)
-class ReadReport:
-    """What one read or several took: bytes by the path that really served them, and time.
+class Moved:
+    """Bytes by the path that really served them."""
+
+    bytes_direct: int = 0
+    """From the disk, around the page cache."""
+    bytes_buffered: int = 0
+    """Through the page cache."""
+    bytes_gds: int = 0
+    """From the disk to the GPU, with no copy in host memory (GPUDirect Storage)."""
+    bytes_memory: int = 0
+    """Copied from what is held in host memory."""
+
+    @property
+    def bytes_read(self) -> int:
+        return self.bytes_direct + self.bytes_buffered + self.bytes_gds + self.bytes_memory
+
+
+@dataclass(frozen=True)
+class ReadReport(Moved):
+    """What one read or several took: bytes by path, and time.
 
     Time in which two reads were in flight counts once, so that the sum over a reader's tickets is the time in
     which it was busy.
     """
 
     read_s: float = 0.0
-    bytes_direct: int = 0
-    bytes_buffered: int = 0
 
-    @property
-    def bytes_read(self) -> int:
-        return self.bytes_direct + self.bytes_buffered
+    def __add__(self, other: Moved) -> ReadReport:
+        both = {name: getattr(self, name) + getattr(other, name, 0) for name in _REPORTED}
+        return ReadReport(**both)
 
-    def __add__(self, other: ReadReport) -> ReadReport:
-        return ReadReport(
-            self.read_s + other.read_s,
-            self.bytes_direct + other.bytes_direct,
-            self.bytes_buffered + other.bytes_buffered,
-        )
+
+_REPORTED = tuple(field.name for field in fields(ReadReport))
 
 
 class BusyClock:
@@ -64,7 +101,7 @@ class BusyClock:
 class Ticket:
     """A submitted read, finished when all its parts are: readers report parts, callers use `Reader.wait`."""
 
-    def __init__(self, op: ReadOp, destination: memoryview, *, parts: int, clock: BusyClock) -> None:
+    def __init__(self, op: ReadOp, destination: Destination, *, parts: int, clock: BusyClock) -> None:
         self.op = op
         self.destination = destination
         self.stopped = False
@@ -74,9 +111,7 @@ class Ticket:
         self._error: BaseException | None = None
         self._clock = clock
         self._began_s = 0.0
-        self._read_s = 0.0
-        self._bytes_direct = 0
-        self._bytes_buffered = 0
+        self._report = ReadReport()
 
     @property
     def is_done(self) -> bool:
@@ -93,16 +128,15 @@ class Ticket:
                 )
             return self._error is None
 
-    def end_part(self, *, direct: int = 0, buffered: int = 0, error: BaseException | None = None) -> None:
+    def end_part(self, moved: Moved, error: BaseException | None = None) -> None:
         """Account for one part; the last one finishes the ticket."""
         with self._lock:
-            self._bytes_direct += direct
-            self._bytes_buffered += buffered
+            self._report += moved
             self._error = self._error or error
             self._left -= 1
             last = self._left == 0
         if last:
-            self._read_s = self._clock.count(self._began_s)
+            self._report += ReadReport(read_s=self._clock.count(self._began_s))
             self._done.set()
 
     @property
@@ -116,7 +150,7 @@ class Ticket:
         self._done.wait()
         if self._error is not None:
             raise self._error
-        return ReadReport(self._read_s, self._bytes_direct, self._bytes_buffered)
+        return self._report
 
 
 class Reader(Protocol):
@@ -130,7 +164,8 @@ class Reader(Protocol):
     def submit(self, op: ReadOp, destination: memoryview) -> Ticket:
         """Start reading `op` into `destination`, which has exactly `op.length_bytes` writable bytes.
 
-        Raises LoadError when the file cannot be opened or is too short, and when the reader is closed.
+        Raises LoadError when the file cannot be opened or is too short, and when the reader is closed;
+        PlanError when the destination does not fit.
         """
         ...
 
