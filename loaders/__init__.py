@@ -10,20 +10,27 @@ This package knows byte ranges, never what they mean.
 
 from __future__ import annotations
 
+from endor.loaders.choice import READER_NAMES, KvikioProbe, ReaderChoice, choose_reader, probe_kvikio
 from endor.loaders.flight import OnRead
+from endor.loaders.kvikio_reader import KvikioReader
+from endor.loaders.mapped import MmapReader
 from endor.loaders.memory import available_bytes
 from endor.loaders.pagecache import cached_fraction, drop_from_page_cache
 from endor.loaders.plan import PAGE_BYTES, LoadPlan, ReadOp, Unit
-from endor.loaders.posix import DirectMode, PosixReader
+from endor.loaders.posix import PosixReader
 from endor.loaders.prefetch import Lease, Prefetcher, PrefetchStats
-from endor.loaders.reader import Reader, ReadReport, Ticket, read_unit
+from endor.loaders.reader import DirectMode, Reader, ReadReport, Ticket, read_unit
 from endor.loaders.staging import StagingBuffer, StagingPool
 
 __all__ = [
     "PAGE_BYTES",
+    "READER_NAMES",
     "DirectMode",
+    "KvikioProbe",
+    "KvikioReader",
     "Lease",
     "LoadPlan",
+    "MmapReader",
     "OnRead",
     "PosixReader",
     "PrefetchStats",
@@ -31,12 +38,15 @@ __all__ = [
     "ReadOp",
     "ReadReport",
     "Reader",
+    "ReaderChoice",
     "StagingBuffer",
     "StagingPool",
     "Ticket",
     "Unit",
     "available_bytes",
     "cached_fraction",
+    "choose_reader",
     "drop_from_page_cache",
+    "probe_kvikio",
     "read_unit",
 ]

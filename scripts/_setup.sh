@@ -78,6 +78,21 @@ install_checkout() {
     printf '%s\n' "$wanted" >"$stamp"
 }
 
+# For the tests of the kvikio reader: the package and what it needs to be imported, 6 MB. Not through our extra, which
+# brings cupy and the CUDA libraries, over a gigabyte. Where the package index does not have it, those tests are skipped.
+install_kvikio_without_cuda() {
+    local stamp
+    stamp="$("$python" -c 'import sys; print(sys.prefix)')/.endor-kvikio-tried"
+    if has_module "$python" kvikio || [ -f "$stamp" ] || [ "$(uname -s)" != Linux ]; then
+        return
+    fi
+    say "Installing kvikio for the tests, without CUDA"
+    "$python" -m pip install --quiet --disable-pip-version-check --retries 1 --timeout 10 --no-deps \
+        'kvikio-cu13==26.10.*' 'libkvikio-cu13==26.10.*' nvidia-cufile rapids-logger cuda-pathfinder packaging >&2 ||
+        say "Note: kvikio could not be installed; its tests will be skipped."
+    touch "$stamp"
+}
+
 note_about_compiler() {
     if ! has_module "$python" endor.kernels._native; then
         say "Note: the C++ kernels were not built, so decoding uses torch and is much slower. With a C++17"

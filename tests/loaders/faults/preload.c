@@ -47,6 +47,16 @@ static ssize_t read_faulty(int descriptor, const struct iovec *vectors, int coun
     return next(descriptor, &vector, 1, offset, flags);
 }
 
+/* What kvikio calls. */
+ssize_t pread(int descriptor, void *memory, size_t length, off_t offset) {
+    struct iovec vector = {memory, length};
+    return read_faulty(descriptor, &vector, 1, offset, 0);
+}
+
+ssize_t pread64(int descriptor, void *memory, size_t length, off_t offset) {
+    return pread(descriptor, memory, length, offset);
+}
+
 /* Python calls the one with flags where the C library has it. */
 ssize_t preadv(int descriptor, const struct iovec *vectors, int count, off_t offset) {
     return read_faulty(descriptor, vectors, count, offset, 0);
