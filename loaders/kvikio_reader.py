@@ -41,7 +41,7 @@ class _KvikioFile(SourceFile):
     """
 
     def __init__(self, path: Path, *, direct: DirectMode, gds: bool) -> None:
-        self._policy = direct
+        self._policy: DirectMode = direct
         self._wants_gds = gds
         self._handles: dict[str, Any] = {}
         super().__init__(path)

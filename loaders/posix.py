@@ -29,7 +29,7 @@ class _PosixFile(SourceFile):
     """One file and its two descriptors."""
 
     def __init__(self, path: Path, *, direct: DirectMode) -> None:
-        self.policy = direct
+        self.policy: DirectMode = direct
         self.direct_descriptor: int | None = None
         super().__init__(path)
 

@@ -73,10 +73,10 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 )
 @click.option(
     "--reader",
-    type=click.Choice(["auto", "posix"]),
+    type=click.Choice(["auto", "posix", "kvikio", "mmap"]),
     default="auto",
     show_default=True,
-    help="How blocks are read; posix reads around the page cache what is not in it.",
+    help="How blocks are read; `endor doctor` says what each can do here.",
 )
 @click.option(
     "--depth",

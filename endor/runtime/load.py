@@ -12,7 +12,7 @@ from torch import nn
 from endor.checkpoint import Checkpoint
 from endor.errors import PlanError
 from endor.formats import CheckpointReader
-from endor.loaders import PosixReader, available_bytes
+from endor.loaders import READER_NAMES, available_bytes, choose_reader
 from endor.runtime.install import dense_bytes, install_weights, is_direct, stored_dtype
 from endor.runtime.placement import Placement, plan_placement
 from endor.runtime.scratch import DecodeScratch
@@ -43,7 +43,7 @@ def load(
         device: where to compute: `auto` or `cpu`.
         host_memory: bytes of compressed blocks that may stay in memory; 0 streams every block from disk,
             None keeps as many as fit in 70 % of the memory that is free now.
-        reader: how blocks are read from disk: `auto` or `posix`.
+        reader: how blocks are read from disk: `auto`, `posix`, `kvikio` or `mmap`.
         depth: blocks that are read ahead of the one that runs; 0 reads each when it is needed.
         dtype: to compute in; the model's own by default.
 
@@ -71,7 +71,7 @@ def load(
     scratch = DecodeScratch([(w.packed_layout, w.dtype) for w in weights if not is_direct(w)], stats)
     for weight in weights:
         weight.use_scratch(scratch)
-    parts = {"reader": PosixReader(), "scratch": scratch, "stats": stats}
+    parts = {"reader": choose_reader(reader).reader, "scratch": scratch, "stats": stats}
     _start(model, blocks, placement, depth=depth, dense_bytes=dense_bytes(model), **parts)
     return model
 
@@ -94,8 +94,8 @@ def _check_options(
     """Refuse what cannot be, in words; gives the dtype to compute in."""
     if str(device) not in ("auto", "cpu"):
         raise PlanError(f"device {str(device)!r} is not supported; use auto or cpu")
-    if reader not in ("auto", "posix"):
-        raise PlanError(f"reader {reader!r} is unknown; use auto or posix")
+    if reader not in READER_NAMES:
+        raise PlanError(f"reader {reader!r} is unknown; use {', '.join(READER_NAMES)}")
     if not isinstance(depth, int) or depth < 0:
         raise PlanError(f"depth must be a whole number from 0, found {depth!r}")
     if host_memory is not None and not isinstance(host_memory, int):
