@@ -25,6 +25,10 @@ class Backend(ABC):
     def supports(self, codec: str, device: torch.device) -> bool:
         """Whether this backend can encode and decode `codec` on `device`."""
 
+    def is_default_on(self, device: torch.device) -> bool:  # noqa: ARG002 - most backends always are
+        """Whether it may be chosen on `device` by a caller who names no backend."""
+        return True
+
     @abstractmethod
     def encode(self, weight: torch.Tensor, codec: str, *, mask: str = "bitmap") -> PackedTensor:
         """Pack a contiguous `weight`; never raw under mask `dense`, which is a copy."""

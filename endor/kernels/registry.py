@@ -10,10 +10,13 @@ from endor.errors import KernelError
 from endor.kernels.backend import Backend
 from endor.kernels.native_backend import native_backends
 from endor.kernels.reference import ReferenceBackend
+from endor.kernels.triton_backend import triton_backends
 
 __all__ = ["active_backend", "backends", "choose"]
 
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (*native_backends(), ReferenceBackend())}
+_BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (*native_backends(), *triton_backends(), ReferenceBackend())
+}
 _CPU = torch.device("cpu")
 
 
@@ -32,8 +35,8 @@ def choose(name: str | None, codec: str, device: torch.device) -> Backend:
     if name is not None:
         return _named(name, codec, device)
     for backend in _BACKENDS.values():
-        if backend.supports(codec, device):
-            if len(_BACKENDS) == 1 and device == _CPU:
+        if backend.supports(codec, device) and backend.is_default_on(device):
+            if device == _CPU and backend.name == "reference":
                 _warn_slow()
             return backend
     raise KernelError(f"no backend can run codec {codec} on {device}")

@@ -71,7 +71,7 @@ import sys, warnings
 sys.modules["endor.kernels._native"] = None
 import torch
 from endor.kernels import backends, decode, encode
-assert backends() == ("reference",)
+assert not [name for name in backends() if name.startswith("native")]
 weight = torch.eye(8)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("default")

@@ -70,11 +70,19 @@ class poisoned:  # noqa: N801 - used like a function
 
     GUARD_BYTES = 256
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, *, shift_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        shift_bytes: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
         numel = torch.Size(shape).numel()
         self._start = self.GUARD_BYTES + shift_bytes
         self._stop = self._start + numel * dtype.itemsize
-        self._memory = torch.full((self._stop + self.GUARD_BYTES,), POISON, dtype=torch.uint8)
+        size = self._stop + self.GUARD_BYTES
+        self._memory = torch.full((size,), POISON, dtype=torch.uint8, device=device)
         self.tensor = self._memory[self._start : self._stop].view(dtype).view(shape)
 
     def assert_guards_intact(self) -> None:

@@ -1,0 +1,318 @@
+"""Triton kernels that decode: one program per row block, of one matrix or of all matrices in a table.
+
+A program walks the words of its row block in tiles of T lanes. How many values lie before a lane is a prefix
+sum of population counts; where a value goes follows from the bits below its own. Everything is read once,
+and nothing is read or written outside the sections and the output, whatever the sections say: bounds are
+checked before they are used, and a lane whose values would run beyond its row block's keeps none.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from endor.kernels.triton_kernels.bits import low_bits, popcount
+from endor.kernels.triton_kernels.elements import (
+    EXPONENT,
+    FLOAT16,
+    INT4,
+    INT8,
+    RAW,
+    elements_of,
+    report,
+    scales_of,
+    value_bounds,
+)
+from endor.kernels.triton_kernels.exponent import exponent_elements, find_levels, read_levels
+
+__all__ = ["FIELDS", "decode_group_kernel", "decode_kernel"]
+
+FIELDS = (
+    "first_program",
+    "start_block",
+    "rows",
+    "cols",
+    "row_block",
+    "nnz",
+    "exponent_bytes",
+    "group_columns",
+    "bitmap",
+    "row_offsets",
+    "values",
+    "exponent_offsets",
+    "exponents",
+    "extra",
+    "codebook",
+    "out",
+)
+"""What a row of the table of `decode_group_kernel` says about a matrix, all int64; see `decode_kernel`."""
+
+
+@triton.jit
+def decode_kernel(
+    bitmap,
+    row_offsets,
+    values,
+    exponent_offsets,
+    exponents,
+    extra,
+    codebook,
+    out,
+    status,
+    rows,
+    cols,
+    row_block,
+    nnz,
+    exponent_bytes,
+    group_columns,
+    start_block,
+    MASKED: tl.constexpr,
+    CODEC: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SINGLES: tl.constexpr,
+    KIND: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Decode row blocks from `start_block` on to `out`, one per program.
+
+    Args:
+        bitmap: uint8, if MASKED; so is row_offsets, int32 or int64.
+        values: what the codec stores per value: values (as integers of their bits), sign_mantissa or codes.
+        exponent_offsets: int32 or int64, for EXPONENT; so is exponents, uint8.
+        extra: mantissa_low (uint8) for EXPONENT with float16, scales (int16) for INT8 and INT4.
+        codebook: int8, for INT4.
+        out: integers of the elements' bits.
+        status: int64 [1], lowered to what was wrong; see `report`.
+        KIND: what the elements are.
+        T: lanes of a tile.
+    """
+    _decode_block(
+        tl.program_id(0).to(tl.int64),
+        bitmap,
+        row_offsets,
+        values,
+        exponent_offsets,
+        exponents,
+        extra,
+        codebook,
+        out,
+        status,
+        rows,
+        cols,
+        row_block,
+        nnz,
+        exponent_bytes,
+        group_columns,
+        start_block,
+        MASKED,
+        CODEC,
+        PAIRS,
+        SINGLES,
+        KIND,
+        T,
+    )
+
+
+@triton.jit
+def decode_group_kernel(
+    table,
+    status,
+    entries,
+    ENTRIES: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    RECORD_OFFSET: tl.constexpr,
+    MASKED: tl.constexpr,
+    CODEC: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SINGLES: tl.constexpr,
+    KIND: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Decode many matrices in one launch.
+
+    Args:
+        table: int64 [entries, len(FIELDS)]; addresses are those of the sections, aligned to 16 bytes.
+        status: int64 [entries], one for each.
+        ENTRIES: power of two that is not below `entries`.
+        ELEMENT, OFFSET, RECORD_OFFSET: types of elements, row_offsets and exponent_offsets.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    each = tl.arange(0, ENTRIES)
+    firsts = tl.load(table + each * 16, mask=each < entries, other=2**62)
+    entry = tl.sum((firsts <= program).to(tl.int32)) - 1
+    fields = table + entry * 16
+    if CODEC == RAW:
+        values = _address(fields + 10, ELEMENT)
+    elif CODEC == INT8:
+        values = _address(fields + 10, tl.int8)
+    else:
+        values = _address(fields + 10, tl.uint8)
+    if CODEC == EXPONENT:
+        extra = _address(fields + 13, tl.uint8)
+    else:
+        extra = _address(fields + 13, tl.int16)
+    _decode_block(
+        program - tl.load(fields),
+        _address(fields + 8, tl.uint8),
+        _address(fields + 9, OFFSET),
+        values,
+        _address(fields + 11, RECORD_OFFSET),
+        _address(fields + 12, tl.uint8),
+        extra,
+        _address(fields + 14, tl.int8),
+        _address(fields + 15, ELEMENT),
+        status + entry,
+        tl.load(fields + 2),
+        tl.load(fields + 3).to(tl.int32),
+        tl.load(fields + 4).to(tl.int32),
+        tl.load(fields + 5),
+        tl.load(fields + 6),
+        tl.load(fields + 7).to(tl.int32),
+        tl.load(fields + 1),
+        MASKED,
+        CODEC,
+        PAIRS,
+        SINGLES,
+        KIND,
+        T,
+    )
+
+
+@triton.jit
+def _address(field, TYPE: tl.constexpr):
+    """The pointer in a field of the table."""
+    return tl.multiple_of(tl.load(field).to(tl.pointer_type(TYPE)), 16)
+
+
+@triton.jit
+def _decode_block(
+    number,
+    bitmap,
+    row_offsets,
+    values,
+    exponent_offsets,
+    exponents,
+    extra,
+    codebook,
+    out,
+    status,
+    rows,
+    cols,
+    row_block,
+    nnz,
+    exponent_bytes,
+    group_columns,
+    start_block,
+    MASKED: tl.constexpr,
+    CODEC: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SINGLES: tl.constexpr,
+    KIND: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Decode row block `start_block + number` to the `number`th row block of `out`."""
+    block = tl.full((1, 1), 0, tl.int64) + start_block + number
+    blocks = (rows + row_block - 1) // row_block
+    first_row = block * row_block
+    rows_here = tl.minimum(rows - first_row, row_block).to(tl.int32)
+    row_words = (cols + 63) // 64 * 2
+    most = rows_here * cols
+    never = block < 0
+    if MASKED:
+        start, count, bounds_wrong = value_bounds(block, ~never, row_offsets, blocks, nnz, most)
+        mask_words = bitmap.to(tl.pointer_type(tl.uint32)) + first_row * row_words
+    else:
+        start, count, bounds_wrong = first_row * cols, most, never
+    expected = count
+    if CODEC == EXPONENT:
+        begin, size, record_wrong = record_bounds(block, ~never, exponent_offsets, blocks, exponent_bytes)
+        skew = (begin & 3).to(tl.int32)
+        record = exponents + (begin - skew)
+        record_words = exponents.to(tl.pointer_type(tl.uint32)) + (begin >> 2)
+        firsts, seconds, rest, levels_wrong = find_levels(record_words, skew, size, count, PAIRS, SINGLES, T)
+        record_wrong = record_wrong | levels_wrong
+        count = tl.where(record_wrong, 0, count)
+        low_bit = 3 * start
+        if KIND == FLOAT16:
+            lows = extra + (low_bit >> 3)
+        else:
+            lows = record
+    else:
+        record_wrong = never
+    padding = tl.zeros((1, 1), tl.int32)
+    before = tl.zeros((1, 1), tl.int32)
+    deeper = ()
+    for _level in tl.static_range(PAIRS + SINGLES):
+        deeper = deeper + (tl.zeros((1, 1), tl.int32),)
+    for tile in range(0, tl.sum(rows_here) * row_words, T):
+        i = tile + tl.arange(0, T)[None, :]
+        row = i // row_words
+        column = (i - row * row_words) * 32
+        inside = row < rows_here
+        valid = low_bits(tl.where(inside, tl.minimum(cols - column, 32), 0))
+        if MASKED:
+            word = tl.load(mask_words + i, mask=inside, other=0)
+            padding += tl.sum(((word & ~valid) != 0).to(tl.int32), axis=1, keep_dims=True)
+            word = word & valid
+            n = popcount(word)
+            rank = tl.cumsum(n, axis=1) - n + before
+            before += tl.sum(n, axis=1, keep_dims=True)
+        else:
+            word = valid
+            n = popcount(word)
+            rank = row * cols + column
+        fits = rank + n <= count
+        word = tl.where(fits, word, 0)
+        if CODEC == EXPONENT:
+            n = tl.where(fits, n, 0)
+            codes, upper, escapes, rest_rank, deeper = read_levels(
+                record_words, firsts, seconds, rank, n, deeper, PAIRS, SINGLES
+            )
+            elements = exponent_elements(
+                word,
+                rank,
+                codes,
+                upper,
+                escapes,
+                rest_rank,
+                record,
+                skew,
+                rest,
+                values + start,
+                lows,
+                (low_bit & 7).to(tl.int32),
+                PAIRS,
+                SINGLES,
+                KIND == FLOAT16,
+            )
+        elif CODEC == INT4:
+            scale = scales_of(extra, first_row + row, column, inside, cols, group_columns)
+            parity = (start & 1).to(tl.int32)
+            first = values + (start >> 1)
+            elements = elements_of(word, rank, first, parity, scale, codebook, MASKED, CODEC, KIND)
+        elif CODEC == INT8:
+            scale = scales_of(extra, first_row + row, column, inside, cols, group_columns)
+            elements = elements_of(word, rank, values + start, 0, scale, 0, MASKED, CODEC, KIND)
+        else:
+            elements = elements_of(word, rank, values + start, 0, 0, 0, MASKED, CODEC, KIND)
+        lane = tl.arange(0, 32)[None, None, :]
+        to = out + (number * row_block * cols + (row * cols + column)[:, :, None] + lane)
+        tl.store(to, elements, mask=inside[:, :, None] & (lane < (cols - column)[:, :, None]))
+    if MASKED:
+        count_wrong = before != expected
+    else:
+        count_wrong = never
+    report(status, block, bounds_wrong, padding != 0, count_wrong, record_wrong)
+
+
+@triton.jit
+def record_bounds(block, exists, exponent_offsets, blocks, exponent_bytes):
+    """Where the records of row blocks begin (int64), their bytes (int32), and which bounds lie."""
+    begin = tl.load(exponent_offsets + block, mask=exists, other=0).to(tl.int64)
+    end = tl.load(exponent_offsets + block + 1, mask=exists, other=0).to(tl.int64)
+    wrong = (begin < 0) | (end < begin) | (end > exponent_bytes)
+    wrong = wrong | ((block == 0) & (begin != 0)) | ((block == blocks - 1) & (end != exponent_bytes))
+    wrong = wrong & exists
+    size = tl.where(wrong, 0, end - begin)
+    return tl.where(wrong, 0, begin), tl.minimum(size, 2**28).to(tl.int32), wrong
