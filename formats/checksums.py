@@ -7,8 +7,9 @@ import xxhash
 
 from endor.errors import ChecksumError
 from endor.formats.entries import Block, Section, TensorEntry
+from endor.formats.files import read_exactly
 
-__all__ = ["checksum", "tensor_bytes", "verify_block", "verify_digest", "verify_section"]
+__all__ = ["checksum", "section_digest", "tensor_bytes", "verify_block", "verify_digest", "verify_section"]
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -20,6 +21,20 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 def checksum(data: memoryview | bytes) -> int:
     """xxh3-64 of `data`."""
     return xxhash.xxh3_64_intdigest(data)
+
+
+_BUFFER_BYTES = 1 << 24
+
+
+def section_digest(fd: int, section: Section, payload_begin: int, *, where: str) -> int:
+    """xxh3-64 of a section of an open file, whatever its size, through one buffer. Raises LoadError."""
+    buffer = memoryview(bytearray(min(section.nbytes, _BUFFER_BYTES)))
+    hasher = xxhash.xxh3_64()
+    for begin in range(section.begin, section.end, _BUFFER_BYTES):
+        part = buffer[: min(_BUFFER_BYTES, section.end - begin)]
+        read_exactly(fd, part, payload_begin + begin, where=where)
+        hasher.update(part)
+    return hasher.intdigest()
 
 
 def verify_section(entry: TensorEntry, section: Section, data: memoryview, *, file: str) -> None:

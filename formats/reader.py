@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -18,8 +18,9 @@ from typing import Self
 import torch
 
 from endor.errors import FormatError, LoadError
-from endor.formats.checksums import verify_section
-from endor.formats.entries import Block, Header, TensorEntry
+from endor.formats.checksums import section_digest, verify_digest, verify_section
+from endor.formats.codecs import SectionSpec
+from endor.formats.entries import Block, Header, Section, TensorEntry
 from endor.formats.files import read_exactly
 from endor.formats.index import (
     CONFIG_NAME,
@@ -147,21 +148,45 @@ class CheckpointReader:
             ChecksumError: the bytes are not those that were written.
         """
         entry = self.entry(name)
-        home = self._homes[entry.name]
-        sections = {}
-        for spec, section in zip(entry.layout.sections, entry.sections, strict=True):
-            raw = torch.empty(section.nbytes, dtype=torch.uint8)
-            self._read_into(home, section.begin - home.block.begin, raw.numpy().data)
-            if verify:
-                verify_section(entry, section, raw.numpy().data, file=str(home.file))
-            sections[spec.name] = raw.view(spec.dtype).view(spec.shape)
+        pairs = zip(entry.layout.sections, entry.sections, strict=True)
+        sections = {
+            spec.name: self._read_section(entry, spec, section, verify=verify) for spec, section in pairs
+        }
         return PackedTensor(entry.layout, sections)
+
+    def read_sections(self, name: str, sections: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Some sections of an entry, checked, in fresh memory. Raises as `read` does."""
+        entry, wanted = self.entry(name), set(sections)
+        found = {}
+        for spec, section in zip(entry.layout.sections, entry.sections, strict=True):
+            if spec.name in wanted:
+                found[spec.name] = self._read_section(entry, spec, section, verify=True)
+        return found
+
+    def verify(self, name: str) -> None:
+        """Compare an entry's sections with their checksums, through a small buffer. Raises as `read` does."""
+        entry = self.entry(name)
+        home = self._homes[entry.name]
+        fd, payload_begin = self._descriptor(home.file), home.offset - home.block.begin
+        for section in entry.sections:
+            found = section_digest(fd, section, payload_begin, where=f"{home.file}: entry {entry.name!r}")
+            verify_digest(entry, section, found, file=str(home.file))
 
     def read_block(self, home: BlockRange) -> torch.Tensor:
         """Read a block into a fresh uint8 tensor [nbytes]; checksums are the caller's business."""
         raw = torch.empty(home.nbytes, dtype=torch.uint8)
         self._read_into(home, 0, raw.numpy().data)
         return raw
+
+    def _read_section(
+        self, entry: TensorEntry, spec: SectionSpec, section: Section, *, verify: bool
+    ) -> torch.Tensor:
+        home = self._homes[entry.name]
+        raw = torch.empty(section.nbytes, dtype=torch.uint8)
+        self._read_into(home, section.begin - home.block.begin, raw.numpy().data)
+        if verify:
+            verify_section(entry, section, raw.numpy().data, file=str(home.file))
+        return raw.view(spec.dtype).view(spec.shape)
 
     def _read_into(self, home: BlockRange, begin: int, target: memoryview) -> None:
         where = f"{home.file}: block {home.block.name!r}"

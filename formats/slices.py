@@ -1,7 +1,7 @@
 """Runs of an entry's rows as byte ranges of its sections: an expert, a tile of a head, rows of an embedding.
 
-Everything of a row block lies together in each section, and the offsets say where (docs/format.md). With these
-in memory, a run of row blocks is one range per section, and what is read is a smaller packed tensor of its own.
+Everything of a row block lies together in each section, and the offsets say where (docs/format.md). With
+these in memory, a run of row blocks is one range per section, and what is read is a packed tensor of its own.
 """
 
 from __future__ import annotations

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import xxhash
 
 from endor.errors import FormatError, LoadError
-from endor.formats.checksums import verify_digest, verify_section
-from endor.formats.entries import Block, Header, Section, TensorEntry
+from endor.formats.checksums import section_digest, verify_digest, verify_section
+from endor.formats.entries import Block, Header, TensorEntry
 from endor.formats.files import read_exactly
 from endor.formats.header import read_header
 from endor.formats.index import Index, check_record, check_shards, read_config, read_index, shard_numbers
@@ -25,8 +24,6 @@ __all__ = ["Progress", "verify_checkpoint"]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes checked so far and the bytes of all payloads."""
-
-_BUFFER_BYTES = 1 << 24
 
 
 def verify_checkpoint(directory: str | os.PathLike[str], *, progress: Progress | None = None) -> list[str]:
@@ -124,7 +121,9 @@ def _check_entry(fd: int, path: Path, payload_begin: int, entry: TensorEntry) ->
     """Checksums, then contents: what is damaged is reported as damaged, not as the nonsense it became."""
     if entry.layout.is_plain:
         (section,) = entry.sections
-        verify_digest(entry, section, _digest(fd, path, payload_begin, section), file=str(path))
+        verify_digest(
+            entry, section, section_digest(fd, section, payload_begin, where=str(path)), file=str(path)
+        )
         return
     sections = {}
     for spec, section in zip(entry.layout.sections, entry.sections, strict=True):
@@ -136,17 +135,6 @@ def _check_entry(fd: int, path: Path, payload_begin: int, entry: TensorEntry) ->
         PackedTensor(entry.layout, sections).check()
     except FormatError as error:
         raise FormatError(f"{path}: entry {entry.name!r}: {error}") from None
-
-
-def _digest(fd: int, path: Path, payload_begin: int, section: Section) -> int:
-    """The checksum of a section of any size, through one buffer."""
-    buffer = memoryview(bytearray(min(section.nbytes, _BUFFER_BYTES)))
-    hasher = xxhash.xxh3_64()
-    for begin in range(section.begin, section.end, _BUFFER_BYTES):
-        part = buffer[: min(_BUFFER_BYTES, section.end - begin)]
-        read_exactly(fd, part, payload_begin + begin, where=str(path))
-        hasher.update(part)
-    return hasher.intdigest()
 
 
 def _check_padding(fd: int, path: Path, payload_begin: int, block: Block) -> None:

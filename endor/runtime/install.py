@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,28 +16,58 @@ from endor.formats.header import TensorEntry
 from endor.formats.reader import BlockRange
 from endor.kernels.tensor import BitmapTensor
 from endor.runtime.skeleton import find_module, install
+from endor.runtime.sliced import SlicedWeight
 from endor.runtime.streaming import WeightBlock
 
-__all__ = ["dense_bytes", "install_weights", "is_direct", "stored_dtype"]
+__all__ = ["Installed", "dense_bytes", "install_dense", "install_weights", "is_direct", "stored_dtype"]
 
 
-def install_weights(model: Any, checkpoint: Checkpoint) -> Iterator[WeightBlock]:
+@dataclass(frozen=True)
+class Installed:
+    """What of a model is not dense in memory, still without its bytes.
+
+    Attributes:
+        blocks: in execution order.
+        tables: embeddings by entry name, perhaps tied to a head.
+        experts: by the module that computes with them and the entry's name: stacks of matrices.
+    """
+
+    blocks: tuple[WeightBlock, ...]
+    tables: dict[str, SlicedWeight]
+    experts: dict[nn.Module, dict[str, SlicedWeight]]
+
+
+_Weight = TypeVar("_Weight", bound=BitmapTensor)
+
+
+def install_weights(model: Any, checkpoint: Checkpoint) -> Installed:
     """Put every tensor of `checkpoint` into `model`, a skeleton whose dtypes are those that are wanted.
 
-    Yields the blocks that have weights to stream, in execution order. Raises FormatError, ChecksumError and
-    LoadError for what cannot be read or does not fit.
+    Raises FormatError, ChecksumError and LoadError for what cannot be read or does not fit.
     """
+    blocks = []
+    tables: dict[str, SlicedWeight] = {}
+    experts: dict[nn.Module, dict[str, SlicedWeight]] = {}
     for home in checkpoint.blocks:
         module = find_module(model, home.block.name)
         weights: dict[str, BitmapTensor] = {}
+        apart: set[str] = set()
         for entry in home.block.entries:
+            owner = find_module(model, entry.name.rpartition(".")[0])
             if module is not None and _is_streamable(model, entry, home):
-                weights[entry.name] = _install_packed(model, entry)
+                head = owner is module
+                weights[entry.name] = _install_packed(model, entry, SlicedWeight if head else BitmapTensor)
+            elif owner is not None and _is_experts(owner, entry):
+                experts.setdefault(owner, {})[entry.name] = _install_sliced(model, entry)
+                apart.add(entry.name)
+            elif _is_table(model, entry):
+                tables[entry.name] = _install_sliced(model, entry)
             else:
-                _install_dense(model, entry, checkpoint)
+                install_dense(model, entry, checkpoint)
         if weights:
             assert module is not None
-            yield WeightBlock(module, home, weights)
+            blocks.append(WeightBlock(module, home, weights, left_out=frozenset(apart)))
+    return Installed(tuple(blocks), tables, experts)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -69,6 +99,25 @@ def _is_streamable(model: nn.Module, entry: TensorEntry, home: BlockRange) -> bo
     return leaf == "weight" and isinstance(find_module(model, parent), (nn.Linear, Conv1D))
 
 
+def _is_experts(owner: nn.Module, entry: TensorEntry) -> bool:
+    """Whether it is a stack of matrices, one for each expert, that the module takes one by one."""
+    shape = entry.layout.shape
+    return len(shape) == 3 and getattr(owner, "num_experts", None) == shape[0] and not entry.aliases
+
+
+def _is_table(model: nn.Module, entry: TensorEntry) -> bool:
+    """Whether only embeddings look it up, and perhaps linear layers that are tied to them."""
+    owners = [find_module(model, name.rpartition(".")[0]) for name in (entry.name, *entry.aliases)]
+    return (
+        entry.layout.is_plain
+        and len(entry.layout.shape) == 2
+        and isinstance(owners[0], nn.Embedding)
+        and owners[0].max_norm is None
+        and all(isinstance(owner, (nn.Embedding, nn.Linear)) for owner in owners)
+        and all(name.endswith(".weight") for name in (entry.name, *entry.aliases))
+    )
+
+
 def _shown_dtype(model: Any, name: str, stored: torch.dtype) -> torch.dtype:
     """The dtype the tensor has in the model: the skeleton's, but float32 where the model class asks for
     it."""
@@ -92,15 +141,21 @@ def _kept_in_float32(model: Any) -> set[str]:
     return kept
 
 
-def _install_packed(model: Any, entry: TensorEntry) -> BitmapTensor:
+def _install_packed(model: Any, entry: TensorEntry, kind: type[_Weight]) -> _Weight:
     shown = _shown_dtype(model, entry.name, entry.layout.dtype)
-    parameter = nn.Parameter(BitmapTensor(entry.layout, dtype=shown), requires_grad=False)
-    install(model, entry.name, parameter)
-    assert isinstance(parameter, BitmapTensor)
-    return parameter
+    parameter: Any = nn.Parameter(kind(entry.layout, dtype=shown), requires_grad=False)
+    for name in (entry.name, *entry.aliases):
+        install(model, name, parameter)
+    weight: _Weight = parameter
+    return weight
 
 
-def _install_dense(model: Any, entry: TensorEntry, checkpoint: Checkpoint) -> None:
+def _install_sliced(model: Any, entry: TensorEntry) -> SlicedWeight:
+    return _install_packed(model, entry, SlicedWeight)
+
+
+def install_dense(model: Any, entry: TensorEntry, checkpoint: Checkpoint) -> None:
+    """Read an entry, decode it and make it the model's parameter or buffer of that name."""
     dense = checkpoint.read_dense(entry.name)
     shared = nn.Parameter(dense.to(_shown_dtype(model, entry.name, dense.dtype)), requires_grad=False)
     for name in (entry.name, *entry.aliases):

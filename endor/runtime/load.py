@@ -13,8 +13,9 @@ from endor.checkpoint import Checkpoint
 from endor.errors import PlanError
 from endor.formats import CheckpointReader
 from endor.loaders import READER_NAMES, available_bytes, choose_reader
-from endor.runtime.install import dense_bytes, install_weights, is_direct, stored_dtype
-from endor.runtime.placement import Placement, plan_placement
+from endor.runtime.install import dense_bytes, install_weights, stored_dtype
+from endor.runtime.place import place
+from endor.runtime.placement import Placement
 from endor.runtime.scratch import DecodeScratch
 from endor.runtime.skeleton import build_skeleton, check_complete
 from endor.runtime.stats import StatsRecorder
@@ -24,6 +25,7 @@ __all__ = ["load", "runtime_of"]
 
 _HOST_SHARE = 0.7
 """Share of the free memory that resident blocks take by default; the rest is for activations and others."""
+_VERIFY = ("first", "always", "never")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "auto": None}
 
 
@@ -35,17 +37,21 @@ def load(
     reader: str = "auto",
     depth: int = 2,
     dtype: torch.dtype | str | None = None,
+    verify: str = "first",
 ) -> Any:
     """Load a converted model so that it runs with only a part of it in memory.
 
     Args:
         directory: an Endor checkpoint, as `endor.convert` writes it.
         device: where to compute: `auto` or `cpu`.
-        host_memory: bytes of compressed blocks that may stay in memory; 0 streams every block from disk,
-            None keeps as many as fit in 70 % of the memory that is free now.
+        host_memory: bytes of compressed weights that may stay in memory: blocks first, then embeddings, then
+            the experts used last; 0 streams everything from disk, None keeps as much as fits in 70 % of the
+            memory that is free now.
         reader: how blocks are read from disk: `auto`, `posix`, `kvikio` or `mmap`.
         depth: blocks that are read ahead of the one that runs; 0 reads each when it is needed.
         dtype: to compute in; the model's own by default.
+        verify: when weights are compared with their checksums: `first` (when a block is first read; what will
+            be read in parts, such as experts, now), `always` (every time a block is read) or `never`.
 
     Returns:
         The transformers model; `model.generate` works, `model.endor_stats()` gives totals, and
@@ -58,21 +64,33 @@ def load(
         PlanError: a budget or option cannot be met.
     """
     wanted = _check_options(device=device, reader=reader, depth=depth, host_memory=host_memory, dtype=dtype)
+    if verify not in _VERIFY:
+        raise PlanError(f"verify must be one of {', '.join(_VERIFY)}, found {verify!r}")
     stats = StatsRecorder()
     with torch.device("cpu"), Checkpoint(directory) as checkpoint:
         model = build_skeleton(checkpoint.directory, dtype=wanted, stored=stored_dtype(checkpoint))
         _check_room(checkpoint)
-        blocks = list(install_weights(model, checkpoint))
+        installed = install_weights(model, checkpoint)
         check_complete(model, Path(directory))
-    sizes = [block.home.nbytes for block in blocks]
-    budget = _default_host_bytes() if host_memory is None else host_memory
-    placement = plan_placement([block.name for block in blocks], sizes, host_bytes=budget)
-    weights = [w for block in blocks for w in block.weights.values()]
-    scratch = DecodeScratch([(w.packed_layout, w.dtype) for w in weights if not is_direct(w)], stats)
-    for weight in weights:
+        budget = _default_host_bytes() if host_memory is None else host_memory
+        plan = place(model, installed, checkpoint, host_bytes=budget, depth=depth, verify=verify != "never")
+    scratch = DecodeScratch(plan.decoded(), stats)
+    for weight in plan.weights():
         weight.use_scratch(scratch)
-    parts = {"reader": choose_reader(reader).reader, "scratch": scratch, "stats": stats}
-    _start(model, blocks, placement, depth=depth, dense_bytes=dense_bytes(model), **parts)
+    _start(
+        model,
+        list(plan.blocks),
+        plan.placement,
+        reader=choose_reader(reader).reader,
+        scratch=scratch,
+        stats=stats,
+        depth=depth,
+        tables=plan.tables,
+        experts=plan.experts,
+        expert_slots=plan.expert_slots,
+        verify=verify,
+        dense_bytes=dense_bytes(model),
+    )
     return model
 
 

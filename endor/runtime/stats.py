@@ -60,6 +60,7 @@ class StatsRecorder:
         self.forwards = 0
         self.wall_s = 0.0
         self.read_s = 0.0
+        self.on_demand_read_s = 0.0
         self.decode_s = 0.0
         self.stall_s = 0.0
         self.disk_bytes = 0
@@ -96,7 +97,7 @@ class StatsRecorder:
         return RunStats(
             forwards=self.forwards,
             wall_s=self.wall_s,
-            read_s=self.read_s,
+            read_s=self.read_s + self.on_demand_read_s,
             decode_s=self.decode_s,
             stall_s=self.stall_s,
             disk_bytes=self.disk_bytes,

@@ -8,8 +8,10 @@ compressed sections of the block's weights and take them away; two on the model 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,14 +20,18 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from endor.errors import EndorError, PlanError
-from endor.formats.checksums import verify_block
+from endor.formats.checksums import tensor_bytes, verify_block, verify_section
+from endor.formats.entries import Section
 from endor.formats.packed import PackedTensor
 from endor.formats.reader import BlockRange
 from endor.kernels import active_backend
 from endor.kernels.tensor import BitmapTensor
 from endor.loaders import Lease, LoadPlan, Prefetcher, Reader, ReadOp, StagingPool, Unit, read_unit
+from endor.runtime.experts import ExpertCache
 from endor.runtime.placement import Placement
 from endor.runtime.scratch import DecodeScratch
+from endor.runtime.sliced import SlicedWeight
+from endor.runtime.slices import ExpertSource, ExpertStacks, Table, TiledSource, parts_of
 from endor.runtime.stats import RunStats, StatsRecorder
 from endor.runtime.turns import ThreadTurn
 
@@ -34,29 +40,88 @@ __all__ = ["Runtime", "WeightBlock"]
 
 @dataclass(frozen=True)
 class WeightBlock:
-    """A block whose weights are packed: the module that runs it, its bytes on disk, its weights by entry
-    name."""
+    """A block whose weights are packed.
+
+    Attributes:
+        module: that runs it.
+        home: its bytes on disk.
+        weights: by entry name.
+        left_out: entries of the block that are read in parts, by others.
+        table: set if the block is a head that is not resident: it is then read tile by tile.
+    """
 
     module: nn.Module
     home: BlockRange
     weights: Mapping[str, BitmapTensor]
+    left_out: frozenset[str] = frozenset()
+    table: Table | None = None
     _views: dict[int, dict[str, PackedTensor]] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
         return self.home.block.name
 
-    def attach(self, memory: torch.Tensor) -> None:
-        """Give every weight its sections in `memory`, uint8 [nbytes of the block].
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read for it."""
+        return sum(end - begin for begin, end in self.runs)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """The ranges [begin, end) of the payload that are read: one, but for what is left out."""
+        block = self.home.block
+        if not self.left_out:
+            return ((block.begin, block.end),)
+        kept = [entry for entry in block.entries if entry.name in self.weights]
+        runs: list[tuple[int, int]] = []
+        for section in (section for entry in kept for section in entry.sections):
+            begin, end = section.begin, section.end
+            if runs and begin - runs[-1][1] <= _WORTH_A_READ_BYTES:
+                begin = runs.pop()[0]
+            runs.append((begin, end))
+        return tuple((begin, end) for begin, end in runs if end > begin)
+
+    def attach(self, parts: Sequence[torch.Tensor]) -> None:
+        """Give every weight its sections.
 
         A ring has few places for a block, so the views of each are made once: they would cost 0.2 ms per
         block.
+
+        Args:
+            parts: uint8, the bytes of `runs`.
         """
-        views = self._views.get(memory.data_ptr())
+        views = self._views.get(parts[0].data_ptr())
         if views is None:
-            views = self._views[memory.data_ptr()] = self.home.block.unpack(memory, names=self.weights)
+            views = self._views[parts[0].data_ptr()] = self._unpack(parts)
         for name, packed in views.items():
             self.weights[name].attach(packed)
+
+    def _unpack(self, parts: Sequence[torch.Tensor]) -> dict[str, PackedTensor]:
+        if not self.left_out:
+            return self.home.block.unpack(parts[0], names=self.weights)
+        views = {}
+        for entry in (entry for entry in self.home.block.entries if entry.name in self.weights):
+            raw = [self._bytes_of(section, parts) for section in entry.sections]
+            pairs = zip(entry.layout.sections, raw, strict=True)
+            sections = {spec.name: part.view(spec.dtype).view(spec.shape) for spec, part in pairs}
+            views[entry.name] = PackedTensor(entry.layout, sections)
+        return views
+
+    def _bytes_of(self, section: Section, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        for (begin, end), part in zip(self.runs, parts, strict=True):
+            if begin <= section.begin and section.end <= end:
+                return part[section.begin - begin : section.end - begin]
+        return parts[0][:0]
+
+    def verify(self, parts: Sequence[torch.Tensor]) -> None:
+        """Compare what was read with the checksums. Raises ChecksumError."""
+        file = str(self.home.file)
+        if not self.left_out:
+            return verify_block(self.home.block, tensor_bytes(parts[0]), file=file)
+        for entry in (entry for entry in self.home.block.entries if entry.name in self.weights):
+            for section in entry.sections:
+                verify_section(entry, section, tensor_bytes(self._bytes_of(section, parts)), file=file)
+        return None
 
     def forget(self) -> None:
         """Detach, and drop every view of memory that is about to go."""
@@ -68,9 +133,15 @@ class WeightBlock:
             weight.detach_sections()
 
     def unit(self) -> Unit:
-        return Unit(self.name, (ReadOp(self.home.file, self.home.offset, self.home.nbytes),))
+        payload_begin = self.home.offset - self.home.block.begin
+        return Unit(
+            self.name,
+            tuple(ReadOp(self.home.file, payload_begin + begin, end - begin) for begin, end in self.runs),
+        )
 
 
+_WORTH_A_READ_BYTES = 64 << 10
+"""Shorter gaps are read and thrown away."""
 _MODEL_ATTRIBUTES = ("endor_runtime", "endor_stats", "save_pretrained")
 
 
@@ -88,6 +159,11 @@ class Runtime:
         reader: reads byte ranges; closed with the runtime.
         scratch: what weights are decoded into.
         stats: where everything is counted.
+        tables: embeddings and tied heads that are not resident.
+        experts: of Mixture-of-Experts layers, by layer.
+        expert_slots: how many experts are in memory at a time.
+        verify: when blocks are compared with their checksums: `always`, `first` (when they are first read) or
+            `never`.
         dense_bytes: memory of the model's other, dense parameters, for reports.
     """
 
@@ -101,12 +177,20 @@ class Runtime:
         reader: Reader,
         scratch: DecodeScratch,
         stats: StatsRecorder,
+        tables: Sequence[Table] = (),
+        experts: Sequence[ExpertStacks] = (),
+        expert_slots: int = 2,
+        verify: str = "first",
         dense_bytes: int = 0,
     ) -> None:
         self.placement = placement
         self.dense_bytes = dense_bytes
         self.reader = reader
         self._blocks = tuple(blocks)
+        self._heads = tuple(b.table for b in blocks if b.table) + tuple(t for t in tables if t.tiles)
+        self._embeddings = tuple(t for t in tables if not t.tiles)
+        self._experts = tuple(experts)
+        self._verify_when = verify
         self._scratch = scratch
         self._stats = stats
         self._verified: set[int] = set()
@@ -115,11 +199,15 @@ class Runtime:
         self._inside: list[WeightBlock] = []
         self._handles: list[RemovableHandle] = []
         self._resident = self._load_resident()
+        self._prefetcher: Prefetcher | None = None
+        self._expert_cache: ExpertCache | None = None
         try:
             self._prefetcher = self._start_prefetcher(depth)
+            self._expert_cache = self._start_expert_cache(expert_slots, ahead=depth > 0)
         except BaseException:
-            _close_parts([self._resident] if self._resident else [])
+            _close_parts([part for part in (self._prefetcher, self._resident) if part])
             raise
+        self._give_sources()
         self._finalizer = weakref.finalize(model, _close_parts, self._parts())
         self._model = weakref.ref(model)
         self._hook(model)
@@ -129,7 +217,8 @@ class Runtime:
     @property
     def ring_bytes(self) -> int:
         """Staging memory of the ring."""
-        return self._prefetcher.ring_bytes if self._prefetcher else 0
+        ring = self._prefetcher.ring_bytes if self._prefetcher else 0
+        return ring + (self._expert_cache.capacity_bytes if self._expert_cache else 0)
 
     @property
     def resident_bytes(self) -> int:
@@ -150,8 +239,18 @@ class Runtime:
 
     @property
     def streamed_bytes(self) -> int:
-        """Compressed bytes that one pass over all blocks reads from disk."""
-        return sum(self._blocks[i].home.nbytes for i in self.placement.disk)
+        """Compressed bytes that one pass over all blocks and heads reads from disk; experts come on top."""
+        return sum(unit.total_bytes for unit in self._prefetcher.plan.units) if self._prefetcher else 0
+
+    @property
+    def in_parts(self) -> str:
+        """What is read in parts, for people; empty if nothing is."""
+        said = [f"{table.name} by rows" for table in self._embeddings]
+        said += [f"{head.name} in {len(head.tiles)} tiles" for head in self._heads]
+        if self._expert_cache:
+            total = sum(stacks.count for stacks in self._experts)
+            said.append(f"room for {self._expert_cache.slots} of {total} experts")
+        return ", ".join(said)
 
     @property
     def peak_anonymous_bytes(self) -> int:
@@ -176,6 +275,8 @@ class Runtime:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for weight in self._sliced_weights():
+            weight.use_source(None)
         model = self._model()
         for name in _MODEL_ATTRIBUTES:
             if model is not None and name in vars(model):
@@ -205,38 +306,85 @@ class Runtime:
             for index, unit in zip(self.placement.host, units, strict=True):
                 buffer = pool.allocate(unit.span_bytes)
                 read_unit(self.reader, unit, buffer.memory)
-                block = self._blocks[index]
-                verify_block(block.home.block, buffer.memory[: block.home.nbytes], file=str(block.home.file))
-                block.attach(buffer.tensor(0, block.home.nbytes))
+                block, parts = self._blocks[index], parts_of(unit, buffer.tensor())
+                if self._verify_when != "never":
+                    block.verify(parts)
+                block.attach(parts)
         except BaseException:
             pool.close()
             raise
         return pool
 
     def _start_prefetcher(self, depth: int) -> Prefetcher | None:
-        if not self.placement.disk:
+        streamed = [self._blocks[i] for i in self.placement.disk]
+        self._units: list[tuple[Unit, WeightBlock | None]] = [
+            (block.unit(), block) for block in streamed if not block.table
+        ]
+        self._unit_of = {block.name: index for index, (_, block) in enumerate(self._units) if block}
+        self._first_tile: dict[str, int] = {}
+        for head in self._heads:
+            self._first_tile[head.name] = len(self._units)
+            self._units += [(unit, None) for unit in head.units()]
+        if not self._units:
             return None
         # Reading further ahead than once around would hold blocks twice.
-        units = tuple(self._blocks[i].unit() for i in self.placement.disk)
+        units = tuple(unit for unit, _ in self._units)
         plan = LoadPlan(units, min(depth, len(units)))
         return Prefetcher(plan, self.reader, on_read=self._verify)
 
+    def _start_expert_cache(self, slots: int, *, ahead: bool) -> ExpertCache | None:
+        experts = self._experts
+        if not experts:
+            return None
+        return ExpertCache(
+            self.reader,
+            lambda key: experts[key[0]].expert(key[1]),
+            slot_bytes=max(stacks.expert_bytes for stacks in experts),
+            slots=slots,
+            ahead=ahead,
+            stats=self._stats,
+        )
+
+    def _sliced_weights(self) -> Iterator[SlicedWeight]:
+        yield from (table.weight for table in (*self._heads, *self._embeddings))
+        yield from (weight for stacks in self._experts for weight in stacks.weights.values())
+
+    def _give_sources(self) -> None:
+        """Tell the weights that are read in parts where these come from."""
+        for table in (*self._heads, *self._embeddings):
+            first = self._first_tile.get(table.name, 0)
+            lease = _TileLease(self, first)
+            table.weight.use_source(
+                TiledSource(table.rows, self.reader, tiles=table.tiles, lease=lease, stats=self._stats)
+            )
+        for layer, stacks in enumerate(self._experts):
+            assert self._expert_cache is not None
+            for name, weight in stacks.weights.items():
+                weight.use_source(
+                    ExpertSource(self._expert_cache, layer, name, stacks.rows[name], self.reader)
+                )
+
     def _verify(self, unit_index: int, memory: memoryview) -> None:
         """Compare a block with its checksums the first time it is read (in the prefetcher's thread)."""
-        if unit_index in self._verified:
+        unit, block = self._units[unit_index]
+        if block is None or self._verify_when == "never" or unit_index in self._verified:
             return
-        block = self._blocks[self.placement.disk[unit_index]]
-        verify_block(block.home.block, memory[: block.home.nbytes], file=str(block.home.file))
-        self._verified.add(unit_index)
+        block.verify(parts_of(unit, torch.frombuffer(memory, dtype=torch.uint8)))
+        if self._verify_when == "first":
+            self._verified.add(unit_index)
 
     def _hook(self, model: nn.Module) -> None:
-        unit_of = {index: unit for unit, index in enumerate(self.placement.disk)}
-        for index, block in enumerate(self._blocks):
-            if index in unit_of:
-                self._before(block.module, _Hook(self, Runtime._acquire, block, unit_of[index]))
+        for block in self._blocks:
+            if block.name in self._unit_of:
+                self._before(block.module, _Hook(self, Runtime._acquire, block, self._unit_of[block.name]))
                 self._after(block.module, _Hook(self, Runtime._release, block))
-            else:
+            elif not block.table:
                 self._before(block.module, _Hook(self, Runtime._use_resident, block))
+        for layer, stacks in enumerate(self._experts):
+            hook = _ExpertsHook(self, layer)
+            self._handles.append(
+                stacks.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            )
         self._before(model, _Hook(self, Runtime._begin_forward))
         self._after(model, _Hook(self, Runtime._end_forward))
 
@@ -249,7 +397,7 @@ class Runtime:
     def _parts(self) -> list[Any]:
         return [
             part
-            for part in (self._prefetcher, self.reader, self._scratch, self._resident)
+            for part in (self._prefetcher, self._expert_cache, self.reader, self._scratch, self._resident)
             if part is not None
         ]
 
@@ -274,11 +422,11 @@ class Runtime:
         lease = self._prefetcher.acquire(unit_index)
         self._leases.append((block, lease))
         self._stats.stall_s += lease.stall_s
-        self._stats.disk_bytes += block.home.nbytes
-        block.attach(lease.op_tensor(0))
+        self._stats.disk_bytes += lease.unit.total_bytes
+        block.attach([lease.op_tensor(i) for i in range(len(lease.unit.ops))])
 
     def _use_resident(self, block: WeightBlock) -> None:
-        self._stats.host_bytes += block.home.nbytes
+        self._stats.host_bytes += block.nbytes
 
     def _release(self, block: WeightBlock) -> None:
         for held in [pair for pair in self._leases if pair[0] is block]:
@@ -288,6 +436,24 @@ class Runtime:
         if block in self._inside:
             self._inside.remove(block)
             self._turn.leave()
+
+    @contextmanager
+    def _lease_tile(self, unit_index: int) -> Iterator[Sequence[torch.Tensor]]:
+        """The bytes of one tile of a head."""
+        assert self._prefetcher is not None
+        self._turn.enter()
+        try:
+            with self._prefetcher.acquire(unit_index) as lease:
+                self._stats.stall_s += lease.stall_s
+                self._stats.disk_bytes += lease.unit.total_bytes
+                yield [lease.op_tensor(i) for i in range(len(lease.unit.ops))]
+        finally:
+            self._turn.leave()
+
+    def _announce_experts(self, layer: int, chosen: torch.Tensor) -> None:
+        assert self._expert_cache is not None
+        count = self._experts[layer].count
+        self._expert_cache.want([(layer, e) for e in torch.unique(chosen).tolist() if 0 <= e < count])
 
     def _release_leases(self) -> None:
         while self._leases:
@@ -329,6 +495,36 @@ class _Hook:
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         raise PlanError("a streamed model cannot be pickled; load its checkpoint where you need it")
+
+
+class _ExpertsHook:
+    """Reads the router's choice off the arguments of a layer's experts before they run."""
+
+    def __init__(self, runtime: Runtime, layer: int) -> None:
+        self._runtime = weakref.ref(runtime)
+        self._layer = layer
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        runtime = self._runtime()
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        chosen = next((t for t in tensors if t.dtype in (torch.int64, torch.int32)), None)
+        if runtime is not None and chosen is not None:
+            runtime._announce_experts(self._layer, chosen)
+
+
+class _TileLease:
+    """Lends the tiles of one head; does not keep the runtime alive."""
+
+    def __init__(self, runtime: Runtime, first_unit: int) -> None:
+        self._runtime = weakref.ref(runtime)
+        self._first_unit = first_unit
+
+    def __call__(self, tile: int) -> AbstractContextManager[Sequence[torch.Tensor]]:
+        runtime = self._runtime()
+        if runtime is None:
+            raise PlanError("the model was collected while one of its weights was used")
+        return runtime._lease_tile(self._first_unit + tile)
 
 
 def _close_parts(parts: list[Any]) -> None:

@@ -179,7 +179,7 @@ def test_verify_reports_progress_up_to_the_whole(tmp_path: Path) -> None:
 def test_verify_reads_large_plain_entries_through_a_small_buffer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("endor.formats.verify._BUFFER_BYTES", 1000)
+    monkeypatch.setattr("endor.formats.checksums._BUFFER_BYTES", 1000)
     write_checkpoint(tmp_path, [{"b": {"x": torch.arange(5000.0)}}])
     assert verify_checkpoint(tmp_path) == []
     damage(tmp_path, "x")

@@ -1,0 +1,182 @@
+"""The experts that are in memory: those the router chose are read one by one, the ones used last stay.
+
+A layer announces the experts it is about to use (`want`) and then takes one after another (`get`): while one
+is computed with, the next ones are read into slots that no announced expert has, least recently used first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+
+from endor.errors import LoadError
+from endor.formats.packed import PackedTensor
+from endor.loaders import Reader, StagingBuffer, StagingPool, Ticket, Unit
+from endor.loaders.reader import drain
+from endor.runtime.stats import StatsRecorder
+
+__all__ = ["Expert", "ExpertCache", "ExpertKey"]
+
+ExpertKey = tuple[int, int]
+"""Index of the layer's experts, number of the expert in it."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """What has to be read for one expert, and how its weights come out of that."""
+
+    unit: Unit
+    unpack: Callable[[Sequence[torch.Tensor]], Mapping[str, PackedTensor]]
+    """Weights by name from the bytes of the unit's reads."""
+
+
+@dataclass
+class _Slot:
+    buffer: StagingBuffer
+    expert: Expert | None = None
+    tickets: list[Ticket] = field(default_factory=list)
+    weights: Mapping[str, PackedTensor] | None = None
+
+
+class ExpertCache:
+    """Slots of equal size for experts; used by one thread at a time.
+
+    Args:
+        reader: its owner's to close.
+        expert_of: by key; called once per read.
+        slot_bytes: of the largest expert.
+        slots: at least two, so that one is read while another is used.
+        ahead: read what is announced before it is asked for.
+        stats: where bytes and waiting are counted.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        expert_of: Callable[[ExpertKey], Expert],
+        *,
+        slot_bytes: int,
+        slots: int,
+        ahead: bool = True,
+        stats: StatsRecorder,
+    ) -> None:
+        self._reader = reader
+        self._expert_of = expert_of
+        self._ahead = ahead
+        self._stats = stats
+        self._pool = StagingPool(slots * slot_bytes)
+        self._free = [_Slot(self._pool.allocate(slot_bytes)) for _ in range(slots)]
+        self._taken: OrderedDict[ExpertKey, _Slot] = OrderedDict()
+        self._wanted: deque[ExpertKey] = deque()
+        self._in_use: ExpertKey | None = None
+
+    @property
+    def slots(self) -> int:
+        """Experts that have room."""
+        return len(self._free) + len(self._taken)
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._pool.capacity_bytes
+
+    def want(self, keys: Sequence[ExpertKey]) -> None:
+        """Announce what `get` will ask for next, in this order, and begin to read it."""
+        self._wanted = deque(keys)
+        self._in_use = None
+        self._fill()
+
+    def get(self, key: ExpertKey) -> Mapping[str, PackedTensor]:
+        """The weights of an expert, valid until the next call of `get` or `want`.
+
+        Raises LoadError when they cannot be read; asking again tries again.
+        """
+        if key in self._wanted:
+            while self._wanted.popleft() != key:
+                pass
+        self._in_use = key
+        slot = self._taken.get(key) or self._launch(key) or self._launch_instead(key)
+        self._taken.move_to_end(key)
+        self._fill()
+        return self._finish(key, slot)
+
+    def close(self) -> None:
+        """End all reads and free the memory. Idempotent."""
+        for slot in self._taken.values():
+            drain(self._reader, slot.tickets)
+        self._taken.clear()
+        self._free.clear()
+        self._pool.close()
+
+    def _finish(self, key: ExpertKey, slot: _Slot) -> Mapping[str, PackedTensor]:
+        if slot.weights is not None and slot.expert is not None:
+            self._stats.host_bytes += slot.expert.unit.total_bytes
+            return slot.weights
+        assert slot.expert is not None
+        unit = slot.expert.unit
+        began_s = perf_counter()
+        try:
+            for ticket in slot.tickets:
+                self._stats.on_demand_read_s += self._reader.wait(ticket).read_s
+        except LoadError:
+            self._abandon(key)
+            raise
+        finally:
+            self._stats.stall_s += perf_counter() - began_s
+        self._stats.disk_bytes += unit.total_bytes
+        slot.tickets = []
+        places = zip(unit.op_offsets, unit.ops, strict=True)
+        slot.weights = slot.expert.unpack([slot.buffer.tensor(at, op.length_bytes) for at, op in places])
+        return slot.weights
+
+    def _fill(self) -> None:
+        for key in self._wanted if self._ahead else ():
+            if key in self._taken:
+                self._taken.move_to_end(key)
+            elif self._launch(key) is None:
+                break
+
+    def _launch(self, key: ExpertKey) -> _Slot | None:
+        slot = self._empty_slot()
+        if slot is None:
+            return None
+        expert = self._expert_of(key)
+        slot.expert, slot.weights = expert, None
+        memory = slot.buffer.memory
+        self._taken[key] = slot
+        try:
+            for op, start in zip(expert.unit.ops, expert.unit.op_offsets, strict=True):
+                slot.tickets.append(self._reader.submit(op, memory[start : start + op.length_bytes]))
+        except BaseException:
+            self._abandon(key)
+            raise
+        return slot
+
+    def _launch_instead(self, key: ExpertKey) -> _Slot:
+        """When announced experts have all slots: the one that is announced for last gives way."""
+        candidates = (*reversed(self._wanted), *self._taken)
+        self._abandon(next(k for k in candidates if k in self._taken))
+        slot = self._launch(key)
+        assert slot is not None
+        return slot
+
+    def _empty_slot(self) -> _Slot | None:
+        """A free slot, or that of the expert not used for longest that nobody announced."""
+        if self._free:
+            return self._free.pop()
+        kept = {self._in_use, *self._wanted}
+        oldest = next((key for key in self._taken if key not in kept), None)
+        if oldest is None:
+            return None
+        self._abandon(oldest)
+        return self._free.pop()
+
+    def _abandon(self, key: ExpertKey) -> None:
+        """Free the slot of an expert, whatever becomes of its reads."""
+        slot = self._taken.pop(key)
+        drain(self._reader, slot.tickets)
+        slot.tickets, slot.weights, slot.expert = [], None, None
+        self._free.append(slot)

@@ -1,0 +1,118 @@
+"""The cache of experts reads what is announced once, keeps what was used last, and survives failed reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from endor.errors import LoadError
+from endor.formats.packed import PackedTensor, TensorLayout
+from endor.loaders import PosixReader, ReadOp, Unit
+from endor.runtime.experts import Expert, ExpertCache, ExpertKey
+from endor.runtime.stats import StatsRecorder
+
+EXPERTS = 12
+BYTES = 5000
+
+
+class Shop:
+    """A file of experts, each `BYTES` bytes of its number, and a cache of some; notes what is read."""
+
+    def __init__(self, path: Path, *, slots: int, ahead: bool = True) -> None:
+        path.write_bytes(b"".join(bytes([n]) * BYTES for n in range(EXPERTS)))
+        self.path = path
+        self.read: list[int] = []
+        self.stats = StatsRecorder()
+        self.reader = PosixReader()
+        self.cache = ExpertCache(
+            self.reader, self.expert, slot_bytes=12288, slots=slots, ahead=ahead, stats=self.stats
+        )
+
+    def expert(self, key: ExpertKey) -> Expert:
+        number = key[1]
+        self.read.append(number)
+        layout = TensorLayout((BYTES,), torch.uint8, "dense", "raw", BYTES)
+
+        def unpack(parts: Sequence[torch.Tensor]) -> Mapping[str, PackedTensor]:
+            return {"w": PackedTensor(layout, {"dense": parts[0]})}
+
+        return Expert(Unit(f"expert {number}", (ReadOp(self.path, number * BYTES, BYTES),)), unpack)
+
+    def use(self, *numbers: int) -> None:
+        """Announce and use experts, checking that each has its own bytes."""
+        self.cache.want([(0, n) for n in numbers])
+        for n in numbers:
+            assert bool((self.cache.get((0, n))["w"].sections["dense"] == n).all())
+
+    def close(self) -> None:
+        self.cache.close()
+        self.reader.close()
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    shop = Shop(tmp_path / "experts", slots=4)
+    yield shop
+    shop.close()
+
+
+def test_what_fits_is_read_once(shop: Shop) -> None:
+    for _ in range(3):
+        shop.use(1, 5, 7)
+    assert shop.read == [1, 5, 7]
+    assert shop.stats.disk_bytes == 3 * BYTES
+    assert shop.stats.host_bytes == 6 * BYTES
+
+
+def test_more_experts_than_slots_pass_through(shop: Shop) -> None:
+    shop.use(*range(EXPERTS))
+    assert shop.read == list(range(EXPERTS))
+
+
+def test_the_least_recently_used_gives_way(shop: Shop) -> None:
+    shop.use(0, 1, 2, 3)
+    shop.use(0)
+    shop.use(9)
+    shop.use(0, 2, 3, 9)
+    assert shop.read == [0, 1, 2, 3, 9]
+
+
+def test_announced_experts_that_are_there_are_not_thrown_out_for_earlier_ones(shop: Shop) -> None:
+    shop.use(4, 5, 6)
+    shop.use(1, 2, 4, 5, 6)
+    assert shop.read[:4] == [4, 5, 6, 1]
+    assert shop.read.count(4) + shop.read.count(5) + shop.read.count(6) <= 4
+
+
+def test_full_of_announced_experts_it_still_serves_one_it_lacks(shop: Shop) -> None:
+    shop.use(4, 5, 6, 7)
+    shop.use(0, 4, 5, 6, 7)
+    assert shop.read[:5] == [4, 5, 6, 7, 0]
+
+
+def test_an_expert_nobody_announced_is_read_too(shop: Shop) -> None:
+    shop.cache.want([(0, 1), (0, 2), (0, 3), (0, 4)])
+    assert int(shop.cache.get((0, 8))["w"].sections["dense"][0]) == 8
+    shop.use(1, 2)
+
+
+def test_without_reading_ahead_nothing_is_read_before_it_is_used(tmp_path: Path) -> None:
+    shop = Shop(tmp_path / "experts", slots=4, ahead=False)
+    shop.cache.want([(0, 1), (0, 2)])
+    assert shop.read == []
+    shop.use(1, 2)
+    shop.close()
+
+
+def test_a_failed_read_is_an_error_and_can_be_repeated(shop: Shop) -> None:
+    whole = shop.path.read_bytes()
+    shop.path.write_bytes(whole[: 2 * BYTES])
+    with pytest.raises(LoadError, match=str(shop.path)):
+        shop.use(0, 1, 2)
+    shop.close()
+    again = Shop(shop.path, slots=4)
+    again.use(0, 1, 2)
+    again.close()
