@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from endor.loaders.choice import READER_NAMES, KvikioProbe, ReaderChoice, choose_reader, probe_kvikio
 from endor.loaders.flight import OnRead
+from endor.loaders.held import MemoryReader
 from endor.loaders.kvikio_reader import KvikioReader
 from endor.loaders.mapped import MmapReader
 from endor.loaders.memory import available_bytes
@@ -30,6 +31,7 @@ __all__ = [
     "KvikioReader",
     "Lease",
     "LoadPlan",
+    "MemoryReader",
     "MmapReader",
     "OnRead",
     "PosixReader",

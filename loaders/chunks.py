@@ -45,7 +45,7 @@ class _Chunk:
             ticket.stopped = ticket.stopped or self.closing.is_set
             if ticket.begin_part():
                 moved = self._read()
-                if ticket.is_last_part:
+                if ticket.is_last_part and not moved.bytes_memory:
                     self.file.check_unchanged()
         except BaseException as error:  # noqa: BLE001 - a thread's boundary: whatever it is belongs to the one who waits
             failure = error

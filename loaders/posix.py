@@ -18,14 +18,14 @@ from endor.loaders.files import FileIdentity, SourceFile, whole_pages
 from endor.loaders.plan import PAGE_BYTES, ReadOp
 from endor.loaders.reader import Destination, DirectMode, Moved
 
-__all__ = ["DirectMode", "PosixReader"]
+__all__ = ["PosixFile", "PosixReader"]
 
 DEFAULT_THREADS: Final = 2
 DEFAULT_CHUNK_BYTES: Final = 16 << 20
 _O_DIRECT: Final[int] = getattr(os, "O_DIRECT", 0)  # Linux; elsewhere every read is buffered
 
 
-class _PosixFile(SourceFile):
+class PosixFile(SourceFile):
     """One file and its two descriptors."""
 
     def __init__(self, path: Path, *, direct: DirectMode) -> None:
@@ -105,4 +105,4 @@ class PosixReader(ChunkedReader):
         threads: int = DEFAULT_THREADS,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     ) -> None:
-        super().__init__(partial(_PosixFile, direct=direct), threads=threads, chunk_bytes=chunk_bytes)
+        super().__init__(partial(PosixFile, direct=direct), threads=threads, chunk_bytes=chunk_bytes)

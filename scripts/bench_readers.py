@@ -24,8 +24,20 @@ from time import perf_counter
 
 import torch
 
-from endor.loaders import LoadPlan, PosixReader, Prefetcher, ReadOp, StagingPool, Unit, drop_from_page_cache
-from endor.loaders.reader import Ticket
+from endor.loaders import (
+    KvikioReader,
+    LoadPlan,
+    MmapReader,
+    PosixReader,
+    Prefetcher,
+    Reader,
+    ReadOp,
+    StagingPool,
+    Ticket,
+    Unit,
+    drop_from_page_cache,
+    probe_kvikio,
+)
 
 MIB = 1 << 20
 PLAIN = "plain O_DIRECT pread, 1 thread x 128M"
@@ -69,7 +81,7 @@ def read_plain(path: Path, pool: StagingPool) -> float:
         os.close(descriptor)
 
 
-def read_units(units: tuple[Unit, ...], reader: PosixReader, pool: StagingPool) -> float:
+def read_units(units: tuple[Unit, ...], reader: Reader, pool: StagingPool) -> float:
     """Seconds of one pass over the units through two buffers, with nothing done to the bytes."""
     tickets: list[Ticket] = []
     began = perf_counter()
@@ -84,15 +96,28 @@ def read_units(units: tuple[Unit, ...], reader: PosixReader, pool: StagingPool) 
         return perf_counter() - began
 
 
+def read_mapped(units: tuple[Unit, ...], pool: StagingPool) -> float:
+    """As `read_units`; the mapping must be gone after it, because mapped pages cannot be dropped."""
+    with MmapReader() as reader:
+        return read_units(units, reader, pool)
+
+
 def bench_bandwidth(path: Path, units: tuple[Unit, ...], *, rounds: int, cold: bool) -> None:
-    readers = {"auto": PosixReader(), "buffered": PosixReader(direct=False)}
+    readers: dict[str, Reader] = {
+        "posix, auto": PosixReader(),
+        "posix, buffered": PosixReader(direct=False),
+    }
     for threads, chunk in ((1, 128), (2, 4), (2, 8), (2, 16), (2, 32), (4, 8)):
-        label = f"direct, {threads} threads x {chunk}M"
+        label = f"posix, direct, {threads} threads x {chunk}M"
         readers[label] = PosixReader(direct=True, threads=threads, chunk_bytes=chunk * MIB)
+    for threads, chunk in ((1, 128), (2, 4), (2, 16), (4, 8)) if probe_kvikio().serves_host else ():
+        label = f"kvikio, direct, {threads} threads x {chunk}M"
+        readers[label] = KvikioReader(direct=True, threads=threads, chunk_bytes=chunk * MIB)
     with StagingPool(max(128 * MIB, 2 * units[0].span_bytes)) as pool:
         actions: dict[str, Action] = {PLAIN: lambda: read_plain(path, pool)}
         for label, reader in readers.items():
-            actions[f"posix, {label}"] = partial(read_units, units, reader, pool)
+            actions[label] = partial(read_units, units, reader, pool)
+        actions["mmap"] = lambda: read_mapped(units, pool)
         seconds = take_turns(
             actions, rounds=rounds, before=lambda: drop_from_page_cache(path) if cold else warm_up(path)
         )
@@ -182,6 +207,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--overlap-only", action="store_true")
     arguments = parser.parse_args()
+    print(f"kvikio: {probe_kvikio().reason}")
     path = make_file(arguments.directory, arguments.size_mib * MIB)
     try:
         length = arguments.unit_mib * MIB
