@@ -39,7 +39,7 @@ RULES = (
     "row_offsets decrease, leave the values, or do not run from 0 to nnz",
     "the bitmap has bits set beyond the last column",
     "row_offsets and the number of bits set in the bitmap differ",
-    "its record of exponents does not fill the bytes that exponent_offsets give it",
+    "its record of exponents does not fill its bytes, or a scale is neither 0 nor a positive normal number",
 )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from endor.errors import FormatError
 from endor.formats.codecs import Params
 from endor.formats.packed import TensorLayout
 from endor.kernels.backend import rows_of
@@ -60,6 +62,19 @@ def _scaled(
 ) -> Tensor:
     """Integers times the scales of their groups: exact in float32, then rounded once to the dtype."""
     part = rows_of(layout, start_block, start_block + rows.geometry.row_blocks)
+    _refuse_bad_scales(scales[part.start : part.stop], start_block, rows.geometry.row_block)
     row, column = rows.keep.nonzero(as_tuple=True)
     scale = scales[part.start : part.stop].float()[row, column // layout.params["group_columns"]]
     return as_bits((integers.float() * scale).to(layout.dtype))
+
+
+def _refuse_bad_scales(scales: Tensor, start_block: int, row_block: int) -> None:
+    """Products with a scale that F30 forbids would depend on the machine, and pruned elements be no zeros."""
+    bits = scales.contiguous().view(torch.int16)
+    wrong = ((bits != 0) & ((bits < 0x0080) | (bits >= 0x7F80))).nonzero()
+    if len(wrong):
+        row, group = (int(i) for i in wrong[0])
+        raise FormatError(
+            f"row block {start_block + row // row_block}: group {group} has scale {float(scales[row, group])}; "
+            "expected 0 or a positive normal number [F30]; convert the model again"
+        )

@@ -13,6 +13,7 @@
 #include "bitmap.h"
 #include "exponent.h"
 #include "quantized.h"
+#include "quantized_encode.h"
 
 using namespace endor;
 
@@ -42,17 +43,18 @@ struct Isa {
     const Kernels* mask;
     const ExponentKernels* exponent;
     const QuantizedKernels* quantized;
+    const QuantizeKernels* quantize;
 };
 
 std::vector<Isa> isas() {
     std::vector<Isa> found;
     if (avx512_exponent_kernels() && avx512_quantized_kernels()) {
-        found.push_back({avx512_kernels(), avx512_exponent_kernels(), avx512_quantized_kernels()});
+        found.push_back({avx512_kernels(), avx512_exponent_kernels(), avx512_quantized_kernels(), avx512_quantize_kernels()});
     }
     if (avx2_exponent_kernels() && avx2_quantized_kernels()) {
-        found.push_back({avx2_kernels(), avx2_exponent_kernels(), avx2_quantized_kernels()});
+        found.push_back({avx2_kernels(), avx2_exponent_kernels(), avx2_quantized_kernels(), avx2_quantize_kernels()});
     }
-    found.push_back({scalar_kernels(), scalar_exponent_kernels(), scalar_quantized_kernels()});
+    found.push_back({scalar_kernels(), scalar_exponent_kernels(), scalar_quantized_kernels(), scalar_quantize_kernels()});
     return found;
 }
 
@@ -201,6 +203,11 @@ void quantized_round_trip(int density_percent) {
     for (int64_t i = 0; i < codes.size; ++i) codes.data[i] = static_cast<uint8_t>(random_bits());
     for (int i = 0; i < 16; ++i) codebook.data[i] = static_cast<int8_t>(random_bits());
     for (int64_t i = 0; i < scales.size; ++i) scales.data[i] = static_cast<uint16_t>((90 + below(60)) << 7 | below(128));
+    const bool lie = scales.size && below(4) == 0;
+    const uint16_t bad_scales[] = {0x7FC0, 0x7F80, 0x7F81, 0x0001, 0x007F, 0x8000, 0xBF80, 0xFFFF};
+    const int64_t wrong_row = lie ? below(m.shape.rows) : 0;
+    if (lie) scales.data[wrong_row * groups + below(groups)] = bad_scales[below(8)];
+    const int64_t right_answer = lie ? 4 * (wrong_row / m.shape.row_block) + kBadRecord : -1;
     const Exact<uint8_t> expected(m.matrix.size << size_log2);
     const std::vector<Isa> all = isas();
     for (size_t i = all.size(); i-- > 0;) {
@@ -210,9 +217,66 @@ void quantized_round_trip(int density_percent) {
             decode_quantized({m.job(all[i], size_log2, to), all[i].quantized, int4, type, codes.data,
                               int4 ? codebook.data : nullptr, scales.data, group_columns},
                              static_cast<int>(1 + below(3)));
-        require(answer == -1, "quantized accepts", m.shape, all[i].mask->name);
-        require(!out.size || to == expected.data || !std::memcmp(out.data, expected.data, out.size),
+        require(answer == right_answer, "quantized accepts", m.shape, all[i].mask->name);
+        require(lie || !out.size || to == expected.data || !std::memcmp(out.data, expected.data, out.size),
                 "quantized agrees", m.shape, all[i].mask->name);
+    }
+}
+
+// Scales and codes of random bits, in memory to the byte: all alike, or all refused.
+void quantized_encoding(int density_percent) {
+    const Masked m(random_shape(), below(3) == 0, density_percent);
+    const bool int4 = below(2), scales_only = below(8) == 0;
+    const auto type = static_cast<FloatType>(below(2));  // of 16 bits, as the matrix
+    const bool finite = below(4) != 0;
+    for (int64_t i = 0; finite && i < m.matrix.size; ++i) m.matrix.data[i] &= 0xBBFF;
+    const int64_t groups = (m.shape.cols + kGroupColumns - 1) / kGroupColumns;
+    const Exact<int8_t> codebook(16);
+    for (int i = 0, entry = 0; i < 8; ++i) {
+        entry += static_cast<int>(1 + below(15));
+        codebook.data[i] = static_cast<int8_t>(entry);
+        codebook.data[i + 8] = static_cast<int8_t>(-entry);
+    }
+    codebook.data[7] = 127;  // as in every codebook that is written: sums of squares are sure to fit
+    codebook.data[15] = -127;
+    const Exact<float> factors(below(12) + 1);
+    for (int64_t i = 0; i < factors.size; ++i) factors.data[i] = 1 - (int4 ? 0.03f : 0.005f) * static_cast<float>(i);
+    const Exact<uint16_t> expected_scales(m.shape.rows * groups);
+    const Exact<uint8_t> expected_codes(int4 ? (m.nnz + 1) / 2 : m.nnz);
+    const std::vector<Isa> all = isas();
+    bool answer = true;
+    for (size_t i = all.size(); i-- > 0;) {
+        const bool first = i == all.size() - 1;
+        const Exact<uint8_t> bitmap(m.bitmap.size);
+        const Exact<int64_t> starts(m.starts.size);
+        const Exact<uint16_t> scales(expected_scales.size);
+        const Exact<uint8_t> codes(expected_codes.size);
+        std::fill(codes.data, codes.data + codes.size, uint8_t{0});
+        QuantizedEncodeJob job{static_cast<int>(1 + below(3)), all[i].mask, all[i].quantize, m.shape, int4, type,
+                               reinterpret_cast<const uint8_t*>(m.matrix.data), nullptr, m.starts.data, factors.data,
+                               static_cast<int>(factors.size), type == kFloat16 ? 508.0f : 0x1.fep120f,
+                               int4 ? codebook.data : nullptr, scales.data, codes.data};
+        if (!m.dense) {
+            if (!finite) {
+                job.bitmap = m.bitmap.data;
+            } else {
+                scan_mask(job, bitmap.data, starts.data);
+                job.bitmap = bitmap.data;
+                job.starts = starts.data;
+            }
+        }
+        if (scales_only) job.starts = nullptr;
+        const bool found = encode_quantized(job);
+        if (first) {
+            answer = found;
+            std::copy(scales.data, scales.data + scales.size, expected_scales.data);
+            std::copy(codes.data, codes.data + codes.size, expected_codes.data);
+        }
+        const char* const name = all[i].mask->name;
+        require(found == answer, "encoding answers alike", m.shape, name);
+        if (!answer) continue;
+        require(std::equal(scales.data, scales.data + scales.size, expected_scales.data), "scales agree", m.shape, name);
+        require(std::equal(codes.data, codes.data + codes.size, expected_codes.data), "codes agree", m.shape, name);
     }
 }
 
@@ -224,6 +288,7 @@ int main(int argc, char** argv) {
     for (int trial = 0; trial < trials; ++trial) {
         exponent_round_trip(densities[below(5)]);
         quantized_round_trip(densities[below(5)]);
+        quantized_encoding(densities[below(5)]);
     }
     for (const Isa& isa : isas()) std::printf("%s ok\n", isa.mask->name);
     return 0;

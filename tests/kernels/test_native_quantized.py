@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from endor.errors import FormatError
+from endor.errors import FormatError, KernelError
 from endor.formats.packed import PackedTensor
 from endor.kernels import decode, decode_rows, encode
 from tests.support.bits import assert_bitwise_equal
@@ -135,3 +135,93 @@ def test_changed_bytes_are_refused_or_decoded_as_the_reference_does(
         )
         flat[data.draw(st.integers(0, len(flat) - 1))] = data.draw(st.integers(0, 255))
     assert_as_the_reference(PackedTensor(packed.layout, changed), backend)
+
+
+BAD_SCALES = {
+    "nan": 0x7FC0,
+    "signalling-nan": 0x7F81,
+    "infinity": 0x7F80,
+    "subnormal": 0x0001,
+    "largest-subnormal": 0x007F,
+    "minus-zero": -0x8000,
+    "negative": -0x4080,
+    "negative-nan": -1,
+}
+
+
+@pytest.mark.parametrize("bits", BAD_SCALES.values(), ids=BAD_SCALES)
+def test_a_scale_that_is_no_positive_number_is_refused_by_its_row_block(
+    backend: str, codec: str, mask: str, dtype: torch.dtype, bits: int
+) -> None:
+    packed = encoded((33, 1025), dtype, codec, mask)
+    scales = packed.sections["scales"].clone()
+    scales.view(torch.int16)[17, 8] = bits
+    lying = replace_section(packed, {"scales": scales})
+    out = poisoned((33, 1025), dtype)
+    row_block = packed.layout.geometry.row_block
+    with pytest.raises(FormatError, match=f"row block {17 // row_block}: .*positive normal number"):
+        decode(lying, out=out.tensor, backend=backend)
+    out.assert_guards_intact()
+    before = torch.empty(2 * row_block, 1025, dtype=dtype)
+    decode_rows(lying, 0, 2, before, backend=backend)  # others can still be decoded
+    assert before.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
+def test_sections_of_any_shape_are_those_of_the_reference(  # noqa: PLR0917 - fixtures
+    backend: str, codec: str, mask: str, dtype: torch.dtype, shape: tuple[int, ...], density: float
+) -> None:
+    actual = encode(weights(shape, dtype, density), values=codec, mask=mask, backend=backend)
+    expected = encoded(shape, dtype, codec, mask, density)
+    assert actual.layout == expected.layout
+    assert set(actual.sections) == set(expected.sections)
+    for name, section in expected.sections.items():
+        assert_bitwise_equal(actual.sections[name], section)
+
+
+def test_extreme_magnitudes_are_encoded_as_the_reference_does(
+    backend: str, codec: str, mask: str, dtype: torch.dtype
+) -> None:
+    info = torch.finfo(dtype)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(24, 300, generator=generator).to(dtype)
+    for row, size in enumerate((info.max / 8, info.tiny, info.smallest_normal / 64, 1e-30, 1e30, -0.0)):
+        weight[row] = (weight[row].double() * size).clamp(info.min, info.max).to(dtype)
+    weight[8, ::3] = -0.0
+    weight[9, 5] = info.max
+    actual = encode(weight, values=codec, mask=mask, backend=backend)
+    expected = encode(weight, values=codec, mask=mask, backend="reference")
+    for name, section in expected.sections.items():
+        assert_bitwise_equal(actual.sections[name], section)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_nan_and_infinity_are_refused_by_every_backend(
+    backend: str, codec: str, dtype: torch.dtype, value: float, threads: int
+) -> None:
+    weight = weights((45, 700), dtype)
+    weight[44, 699] = value
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(KernelError, match="cannot hold NaN or infinity"):
+            encode(weight, values=codec, backend=backend)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_that_share_a_byte_of_codes_write_the_same(
+    backend: str, dtype: torch.dtype, threads: int
+) -> None:
+    weight = weights((999, 701), dtype)  # several chunks, which begin in the middle of a byte
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = encode(weight, values="int4", backend=backend)
+    finally:
+        torch.set_num_threads(before)
+    expected = encoded((999, 701), dtype, "int4")
+    assert_bitwise_equal(actual.sections["codes"], expected.sections["codes"])

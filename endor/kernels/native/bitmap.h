@@ -19,7 +19,8 @@ enum Rule : int64_t {
     kOffsetsOutOfRange = 0,   // not 0 at the start, not nnz at the end, decreasing, or outside the values
     kBitsInPadding = 1,       // bits set beyond the last column
     kCountMismatch = 2,       // the bitmap does not have as many bits set as the offsets say
-    kBadRecord = 3,           // codec `exponent`: a record does not fill the bytes that its offsets give it
+    kBadRecord = 3,           // codec `exponent`: a record does not fill the bytes that its offsets give it;
+                              // `int8`, `int4`: a scale is neither zero nor a positive normal number
 };
 
 struct Shape {

@@ -7,6 +7,18 @@
 namespace endor {
 namespace {
 
+// Zero, or positive, finite and normal. A product with anything else depends on how a machine treats subnormals and NaN,
+// and a pruned element would not be zero.
+bool scales_are_valid(const uint16_t* scales, int64_t count) {
+    constexpr uint16_t kSmallest = 0x0080, kInfinity = 0x7F80;
+    bool wrong = false;
+    for (int64_t i = 0; i < count; ++i) {
+        const auto above = static_cast<uint16_t>(scales[i] - kSmallest);
+        wrong |= (above >= kInfinity - kSmallest) & (scales[i] != 0);
+    }
+    return !wrong;
+}
+
 }  // namespace
 
 int64_t decode_quantized_block(const void* context, const Block& block) {
@@ -16,6 +28,7 @@ int64_t decode_quantized_block(const void* context, const Block& block) {
     const int64_t row_bytes = shape.cols << job.mask.size_log2;
     const uint8_t* const codes_end = job.codes + (job.int4 ? (job.mask.nnz + 1) / 2 : job.mask.nnz);
     const auto decode = job.kernels->decode[job.int4][job.type];
+    if (!scales_are_valid(job.scales + block.first_row * groups, block.rows * groups)) return kBadRecord;
     int64_t first = block.start;
     for (int64_t i = 0; i < block.rows; ++i) {
         uint8_t* const out = block.out + i * row_bytes;

@@ -59,7 +59,7 @@ struct QuantizedDecodeJob {
 // A BlockDecoder; its context is a QuantizedDecodeJob.
 int64_t decode_quantized_block(const void* context, const Block& block);
 
-// As `decode` of a bitmap.
+// As `decode` of a bitmap; kBadRecord for a scale that rule F30 forbids.
 int64_t decode_quantized(const QuantizedDecodeJob& job, int threads);
 
 }  // namespace endor
