@@ -75,6 +75,6 @@ def _refuse_bad_scales(scales: Tensor, start_block: int, row_block: int) -> None
     if len(wrong):
         row, group = (int(i) for i in wrong[0])
         raise FormatError(
-            f"row block {start_block + row // row_block}: group {group} has scale {float(scales[row, group])}; "
+            f"row block {start_block + row // row_block}: scale {group} is {float(scales[row, group])}; "
             "expected 0 or a positive normal number [F30]; convert the model again"
         )
