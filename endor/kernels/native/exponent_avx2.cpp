@@ -85,12 +85,13 @@ struct ExponentIsa {
         return placed_ones;
     }
 
+    template <int kPlanes>
     ENDOR_TARGET static inline int64_t count(const uint8_t* a, const uint8_t* b, int64_t words) {
         int64_t found = 0;
         for (int64_t i = 0; i < words; ++i) {
             uint64_t bits[2];
             std::memcpy(bits, a + 8 * i, 8);
-            std::memcpy(bits + 1, b + 8 * i, 8);
+            std::memcpy(bits + 1, kPlanes == 2 ? b + 8 * i : a + 8 * i, 8);
             found += __builtin_popcountll(bits[0] & bits[1]);
         }
         return found;

@@ -45,15 +45,16 @@ struct ExponentIsa {
         return select512(0x80, _mm512_slli_epi16(exponents, 7), _mm512_srli_epi16(exponents, 1));
     }
 
+    template <int kPlanes>
     ENDOR_TARGET static inline int64_t count(const uint8_t* a, const uint8_t* b, int64_t words) {
         __m512i sums = _mm512_setzero_si512();
         for (int64_t i = 0; i < words; i += 8) {
             const __mmask8 here = static_cast<__mmask8>(words - i < 8 ? (1u << (words - i)) - 1 : 0xFF);
-            const __m512i both = _mm512_and_si512(_mm512_maskz_loadu_epi64(here, a + 8 * i),
-                                                  _mm512_maskz_loadu_epi64(here, b + 8 * i));
-            sums = _mm512_add_epi64(sums, _mm512_popcnt_epi64(both));
+            __m512i bits = _mm512_maskz_loadu_epi64(here, a + 8 * i);
+            if constexpr (kPlanes == 2) bits = _mm512_and_si512(bits, _mm512_maskz_loadu_epi64(here, b + 8 * i));
+            sums = _mm512_add_epi64(sums, _mm512_popcnt_epi64(bits));
         }
-        alignas(64) int64_t lanes[8];
+        alignas(64) int64_t lanes[8];  // gcc 12 warns of its own _mm512_reduce_add_epi64
         _mm512_store_si512(lanes, sums);
         return lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
     }

@@ -6,7 +6,7 @@
 //   static Vector exponents<kPlanes>(a, b, table, next)      of values whose plane bits are a and b; `next` moves on
 //   static Vector place<kFloat16>(const uint8_t*)            64 exponents as they stand in a record
 //   static void store(Vector, uint8_t* out)
-//   static int64_t count(a, b, words)                        bits set in both
+//   static int64_t count<kPlanes>(a, b, words)               bits set in both; with one plane they are the same
 //   static void join<kFloat16, kStream>(Vector, const uint8_t* sign_mantissa, const uint8_t* low, int shift, uint16_t* out)
 //                                                            may read 64 and, at low, 32 bytes
 //
@@ -22,23 +22,18 @@ inline uint64_t load_bits(const uint8_t* from) {
     return bits;
 }
 
-// The last bits of a plane, fewer than 64 and without what lies behind them.
+// The last bits of a plane, fewer than 64, without what lies behind them: there is always something (kSlackBytes).
 inline uint64_t load_last_bits(const uint8_t* from, int64_t count) {
-    uint64_t bits = 0;
-    std::memcpy(&bits, from, (count + 7) / 8);
-    return bits & ((uint64_t{1} << count) - 1);
+    return load_bits(from) & ((uint64_t{1} << count) - 1);
 }
 
 template <int kPlanes>
 ENDOR_TARGET int64_t count_escapes(const Level& level) {
     const uint8_t* const a = level.planes;
     const uint8_t* const b = level.planes + (kPlanes - 1) * level.stride();
-    int64_t i = level.count / 64 * 64;
-    int64_t found = ExponentIsa::count(a, b, i / 64);
-    if (const int64_t left = level.count - i) {
-        found += __builtin_popcountll(load_last_bits(a + i / 8, left) & load_last_bits(b + i / 8, left));
-    }
-    return found;
+    const int64_t whole = level.count / 64 * 64, left = level.count - whole;
+    const int64_t found = ExponentIsa::template count<kPlanes>(a, b, whole / 64);
+    return found + __builtin_popcountll(load_last_bits(a + whole / 8, left) & load_last_bits(b + whole / 8, left));
 }
 
 template <bool kFloat16>
