@@ -13,6 +13,7 @@ __all__ = ["cli", "main"]
 
 _COMMANDS = {
     "convert": "endor.cli.convert",
+    "doctor": "endor.cli.doctor",
     "inspect": "endor.cli.inspect",
     "run": "endor.cli.run",
     "verify": "endor.cli.verify",
