@@ -15,8 +15,28 @@
 namespace endor {
 namespace {
 
+// For every byte of a bitmap, the lower half of each byte that is kept.
+struct NibbleMasks {
+    uint64_t masks[256];
+
+    uint64_t operator[](uint8_t byte) const { return masks[byte]; }
+};
+
+constexpr NibbleMasks make_nibble_masks() {
+    NibbleMasks made{};
+    for (int byte = 0; byte < 256; ++byte) {
+        for (int i = 0; i < 8; ++i) made.masks[byte] |= byte >> i & 1 ? uint64_t{15} << 8 * i : 0;
+    }
+    return made;
+}
+
+constexpr NibbleMasks kNibbleMasks = make_nibble_masks();
+
 struct QuantizedIsa {
-    using Packed = const uint8_t*;
+    struct Packed {
+        const uint8_t* codes;
+        int64_t odd;  // int4 in 16 bits: the first nibble is skipped
+    };
     using Codebook = __m128i;
 
     ENDOR_TARGET static inline Codebook load_codebook(const int8_t* codebook) {
@@ -24,15 +44,23 @@ struct QuantizedIsa {
     }
 
     ENDOR_TARGET static inline Packed load8(const uint8_t* codes, int count, int64_t left, uint8_t* buffer) {
-        if (left >= kWordBits) return codes;
+        if (left >= kWordBits) return {codes, 0};
         std::memcpy(buffer, codes, count);
-        return buffer;
+        return {buffer, 0};
     }
 
     template <FloatType kType>
     ENDOR_TARGET static inline Packed load4(const uint8_t* codes, int64_t odd, int count, int64_t left,
                                             Codebook codebook, uint8_t* buffer) {
         constexpr int64_t kReach = 48;
+        if constexpr (kType != kFloat32) {
+            // Nibbles are taken from where they are.
+            if (left < kReach) {
+                std::memcpy(buffer, codes, (count + odd + 1) / 2);
+                codes = buffer;
+            }
+            return {codes, odd};
+        }
         uint8_t copy[kReach];
         if (left < kReach) {
             std::memcpy(copy, codes, (count + odd + 1) / 2);
@@ -41,16 +69,12 @@ struct QuantizedIsa {
         const __m128i low_nibble = _mm_set1_epi8(15);
         for (int i = 0; i < kReach; i += 16) {
             const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i));
-            // Indices where the products are looked up, integers for float32.
-            __m128i even = _mm_and_si128(pairs, low_nibble), uneven = _mm_and_si128(_mm_srli_epi16(pairs, 4), low_nibble);
-            if constexpr (kType == kFloat32) {
-                even = _mm_shuffle_epi8(codebook, even);
-                uneven = _mm_shuffle_epi8(codebook, uneven);
-            }
+            const __m128i even = _mm_shuffle_epi8(codebook, _mm_and_si128(pairs, low_nibble));
+            const __m128i uneven = _mm_shuffle_epi8(codebook, _mm_and_si128(_mm_srli_epi16(pairs, 4), low_nibble));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(buffer + 2 * i), _mm_unpacklo_epi8(even, uneven));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(buffer + 2 * i + 16), _mm_unpackhi_epi8(even, uneven));
         }
-        return buffer + odd;
+        return {buffer + odd, 0};
     }
 
     template <bool kStream>
@@ -109,29 +133,27 @@ struct QuantizedIsa {
         return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(low), rounded(high)), 0xD8);
     }
 
-    // Where 16 columns come from among the bytes at `low` and those at `high`; bytes of pruned columns are negative.
-    ENDOR_TARGET static inline __m128i lanes16(uint8_t low, uint8_t high) {
-        const __m128i lower = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpand1[low]));
-        const __m128i upper = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpand1[high]));
-        return _mm_or_si128(_mm_unpacklo_epi64(lower, upper), _mm_setr_epi32(0, 0, 0x08080808, 0x08080808));
-    }
-
-    // 16 indices in their columns, negative where there is none.
-    ENDOR_TARGET static inline __m128i expand16(uint64_t word, int i, const uint8_t* packed) {
-        const auto low = static_cast<uint8_t>(word >> 16 * i), high = static_cast<uint8_t>(word >> (16 * i + 8));
-        const int before = __builtin_popcountll(word & ((uint64_t{1} << 16 * i) - 1));
-        const uint8_t* const first = packed + before;
-        const __m128i values =
-            _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first)),
-                               _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first + __builtin_popcount(low))));
-        const __m128i lanes = lanes16(low, high);
-        return _mm_or_si128(_mm_shuffle_epi8(values, lanes), _mm_and_si128(lanes, _mm_set1_epi8(-128)));
+    // Eight indices in their columns, negative where there is none: pdep deals nibbles out to the bytes that the mask has.
+    ENDOR_TARGET static inline uint64_t expand8(uint8_t byte, const uint8_t* codes, int64_t nibble) {
+        constexpr uint64_t kNibbles = 0x0F0F0F0F0F0F0F0F;
+        uint64_t pairs;
+        std::memcpy(&pairs, codes + nibble / 2, sizeof pairs);
+        const uint64_t kept = kNibbleMasks[byte];
+        return _pdep_u64(pairs >> 4 * (nibble & 1), kept) | (kept ^ kNibbles) << 4;
     }
 
     template <bool kStream>
     ENDOR_TARGET static inline void put_products(uint64_t word, Packed packed, const Factor& factor, uint16_t* out) {
+        int64_t nibble = packed.odd;
         for (int i = 0; i < 4; i += 2) {
-            const __m256i indices = _mm256_set_m128i(expand16(word, i + 1, packed), expand16(word, i, packed));
+            uint64_t parts[4];
+            for (int k = 0; k < 4; ++k) {
+                const auto byte = static_cast<uint8_t>(word >> (16 * i + 8 * k));
+                parts[k] = expand8(byte, packed.codes, nibble);
+                nibble += __builtin_popcount(byte);
+            }
+            const __m256i indices = _mm256_set_epi64x(static_cast<int64_t>(parts[3]), static_cast<int64_t>(parts[2]),
+                                                      static_cast<int64_t>(parts[1]), static_cast<int64_t>(parts[0]));
             const __m256i low = _mm256_shuffle_epi8(factor.low, indices), high = _mm256_shuffle_epi8(factor.high, indices);
             const __m256i even = _mm256_unpacklo_epi8(low, high), uneven = _mm256_unpackhi_epi8(low, high);
             store<kStream>(out + 16 * i, _mm256_permute2x128_si256(even, uneven, 0x20));
@@ -143,12 +165,13 @@ struct QuantizedIsa {
     ENDOR_TARGET static inline void put(uint64_t word, Packed packed, const Factor& given, Bits* out) {
         if constexpr (kInt4 && kType != kFloat32) return put_products<kStream>(word, packed, given, out);
         const __m256 factor = _mm256_set1_ps(given.scale);
+        const uint8_t* codes = packed.codes;
         for (int i = 0; i < 8; i += 2) {
             const uint8_t bytes[2] = {static_cast<uint8_t>(word >> 8 * i), static_cast<uint8_t>(word >> 8 * (i + 1))};
-            const __m256 low = product8(bytes[0], packed, factor);
-            packed += __builtin_popcount(bytes[0]);
-            const __m256 high = product8(bytes[1], packed, factor);
-            packed += __builtin_popcount(bytes[1]);
+            const __m256 low = product8(bytes[0], codes, factor);
+            codes += __builtin_popcount(bytes[0]);
+            const __m256 high = product8(bytes[1], codes, factor);
+            codes += __builtin_popcount(bytes[1]);
             if constexpr (kType == kFloat32) {
                 store<kStream>(out + 8 * i, _mm256_castps_si256(low));
                 store<kStream>(out + 8 * i + 8, _mm256_castps_si256(high));
