@@ -44,8 +44,10 @@ void decode_chunk(void* context, int64_t chunk) {
     const DecodeJob& job = decoding.job;
     const int64_t row_bytes = job.shape.cols << job.size_log2;
     for (int64_t number = decoding.chunks.begin(chunk); number < decoding.chunks.end(chunk); ++number) {
-        uint8_t* const out = job.out + (number - job.start_block) * job.shape.row_block * row_bytes;
-        const int64_t rule = decode_checked(job, number, out, decoding.decoder, decoding.context);
+        Block block;
+        int64_t rule = check_block(job, number, block);
+        block.out = job.out + (number - job.start_block) * job.shape.row_block * row_bytes;
+        if (rule < 0) rule = decoding.decoder(decoding.context, block);
         if (rule == -1) continue;
         const int64_t found = rule == kNoMemory ? kNoMemory : 4 * number + rule;
         int64_t lowest = decoding.failure.load();
@@ -108,17 +110,16 @@ void encode_chunk(void* context, int64_t chunk) {
 
 }  // namespace
 
-int64_t decode_checked(const DecodeJob& job, int64_t number, uint8_t* out, BlockDecoder decoder, const void* context) {
+int64_t check_block(const DecodeJob& job, int64_t number, Block& block) {
     const Rows rows(job.shape, number, number + 1);
-    const Block block{number,
-                      rows.first,
-                      rows.count,
-                      values_before(job, number),
-                      values_before(job, number + 1),
-                      job.offsets ? job.bitmap + rows.first * job.shape.words_per_row() * 8 : nullptr,
-                      out};
-    const int64_t rule = broken_rule(job, block);
-    return rule < 0 ? decoder(context, block) : rule;
+    block = {number,
+             rows.first,
+             rows.count,
+             values_before(job, number),
+             values_before(job, number + 1),
+             job.offsets ? job.bitmap + rows.first * job.shape.words_per_row() * 8 : nullptr,
+             nullptr};
+    return broken_rule(job, block);
 }
 
 int64_t decode_blocks(const DecodeJob& job, int threads, BlockDecoder decoder, const void* context) {

@@ -17,7 +17,6 @@ constexpr int64_t kRowSkewBytes = 64;
 
 struct Multiplying {
     const MatmulJob& job;
-    const MatmulLoops& loops;
     PreparedX x;
     const uint8_t* full_row;  // the bitmap of a row without zeros
     int64_t x_first;
@@ -113,8 +112,9 @@ void report(std::atomic<int64_t>& failure, int64_t found) {
 // Straight from the values. Returns -1, or what is wrong first.
 int64_t multiply_packed(const Multiplying& work, int64_t first_block, int64_t stop_row) {
     const MatmulJob& job = work.job;
+    const MatmulLoops& loops = *job.kernels->loops[job.source];
     const int64_t words = job.mask.shape.words_per_row();
-    const int per_group = work.loops.group_rows[work.x_rows - 1];
+    const int per_group = loops.group_rows[work.x_rows - 1];
     RowReader reader(work, first_block);
     for (int64_t row = first_block * job.mask.shape.row_block; row < stop_row;) {
         MatmulRow rows[kMaxGroupRows];
@@ -123,11 +123,11 @@ int64_t multiply_packed(const Multiplying& work, int64_t first_block, int64_t st
         for (int r = 0; r < count; ++r) {
             if (!reader.next(rows[r])) return reader.failure();
         }
-        if (count == per_group && reader.values_left() >= work.loops.reach) {
-            work.loops.group[work.x_rows - 1](rows, job.values, words, work.x, sums);
+        if (count == per_group && reader.values_left() >= loops.reach) {
+            loops.group[work.x_rows - 1](rows, job.values, words, work.x, sums);
         } else {
             for (int r = 0; r < count; ++r) {
-                work.loops.near_end[work.x_rows - 1](rows + r, job.values, words, work.x, sums + r * work.x_rows);
+                loops.near_end[work.x_rows - 1](rows + r, job.values, words, work.x, sums + r * work.x_rows);
             }
         }
         write_outputs(work, row, count, sums);
@@ -146,8 +146,9 @@ int64_t blocks_per_tile(const Shape& shape) {
 }
 
 void multiply_rows(const Multiplying& work, const uint16_t* tile, int64_t first_row, int64_t stop_row) {
+    const MatmulLoops& loops = *work.job.kernels->loops[kDecodedRows];
     const int64_t cols = work.job.mask.shape.cols, words = work.job.mask.shape.words_per_row();
-    const int per_group = work.loops.group_rows[work.x_rows - 1];
+    const int per_group = loops.group_rows[work.x_rows - 1];
     for (int64_t row = first_row; row < stop_row;) {
         MatmulRow rows[kMaxGroupRows];
         float sums[kMaxGroupRows * kMaxXRows];
@@ -157,7 +158,7 @@ void multiply_rows(const Multiplying& work, const uint16_t* tile, int64_t first_
         MatmulValues values = work.job.values;
         values.data = reinterpret_cast<const uint8_t*>(tile);
         values.end = reinterpret_cast<const uint8_t*>(tile + (row + count - first_row) * cols);
-        const DotRows* dot = group ? work.loops.group : work.loops.near_end;
+        const DotRows* dot = group ? loops.group : loops.near_end;
         dot[work.x_rows - 1](rows, values, words, work.x, sums);
         write_outputs(work, row, count, sums);
         row += count;
@@ -178,12 +179,82 @@ int64_t multiply_decoded(const Multiplying& work, int64_t first_block, int64_t s
     for (int64_t block = first_block; block < stop_block; block += per_tile) {
         const int64_t stop = stop_block - block < per_tile ? stop_block : block + per_tile;
         for (int64_t i = block; i < stop; ++i) {
-            uint8_t* const out = tile + (i - block) * shape.row_block * shape.cols * 2;
-            const int64_t rule = decode_checked(job.mask, i, out, job.decoder, job.decoder_context);
+            Block at;
+            int64_t rule = check_block(job.mask, i, at);
+            at.out = tile + (i - block) * shape.row_block * shape.cols * 2;
+            if (rule == -1) rule = job.decoder(job.decoder_context, at);
             if (rule != -1) return rule == kNoMemory ? kNoMemory : 4 * i + rule;
         }
         const Rows rows(shape, block, stop);
         multiply_rows(work, reinterpret_cast<const uint16_t*>(tile), rows.first, rows.first + rows.count);
+    }
+    return -1;
+}
+
+// A row block of codec `exponent` whose mask and record are known to be right.
+struct OpenBlock {
+    RecordScratch scratch;
+    RecordCursor cursor;
+    Block block;
+
+    // Returns -1, kNoMemory, or the Rule that the row block breaks.
+    int64_t open(const MatmulJob& job, int64_t number) {
+        const int64_t rule = check_block(job.mask, number, block);
+        return rule == -1 ? open_record(*job.exponent, number, block.start, block.stop, scratch, cursor) : rule;
+    }
+};
+
+// Opening a record reads all of it at once, too fast for the hardware to have fetched it: so the one before fetches what
+// lies behind it, as many bytes as it has itself.
+void fetch_record_behind(const ExponentDecodeJob& job, int64_t block) {
+    const int64_t begin = offset_at(job.record_offsets, job.record_offsets_are_64, block);
+    const int64_t end = offset_at(job.record_offsets, job.record_offsets_are_64, block + 1);
+    const auto from = reinterpret_cast<uintptr_t>(job.records) + static_cast<uintptr_t>(end);
+    for (int64_t i = 0; i < end - begin; i += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(from + static_cast<uintptr_t>(i)), 0, 2);
+    }
+}
+
+// Rows of `count` open blocks that have equally many.
+void multiply_blocks(const Multiplying& work, OpenBlock* blocks, int count, const DotRecords* dot) {
+    const int64_t words = work.job.mask.shape.words_per_row();
+    RecordCursor cursors[kMaxGroupBlocks];
+    for (int b = 0; b < count; ++b) cursors[b] = blocks[b].cursor;
+    for (int64_t row = 0; row < blocks[0].block.rows; ++row) {
+        const uint8_t* bitmaps[kMaxGroupBlocks];
+        float sums[kMaxGroupBlocks * kMaxXRows];
+        for (int b = 0; b < count; ++b) {
+            bitmaps[b] = blocks[b].block.bitmap ? blocks[b].block.bitmap + row * words * 8 : work.full_row;
+        }
+        dot[work.x_rows - 1](cursors, bitmaps, words, work.x, sums);
+        for (int b = 0; b < count; ++b) {
+            write_outputs(work, blocks[b].block.first_row + row, 1, sums + b * work.x_rows);
+        }
+    }
+}
+
+// Straight from the records of codec `exponent`. Returns -1, kNoMemory, or what is wrong first.
+int64_t multiply_records(const Multiplying& work, int64_t first_block, int64_t stop_row) {
+    const MatmulJob& job = work.job;
+    const Shape& shape = job.mask.shape;
+    const MatmulRecordLoops& loops = *job.kernels->records;
+    const int planes = job.exponent->levels.width(0);
+    const int per_group = loops.group_blocks[work.x_rows - 1];
+    const int64_t stop = (stop_row + shape.row_block - 1) / shape.row_block;
+    OpenBlock blocks[kMaxGroupBlocks];
+    for (int64_t block = first_block; block < stop;) {
+        const int count = stop - block < per_group ? static_cast<int>(stop - block) : per_group;
+        for (int b = 0; b < count; ++b) {
+            const int64_t rule = blocks[b].open(job, block + b);
+            if (rule != -1) return rule == kNoMemory ? kNoMemory : 4 * (block + b) + rule;
+            fetch_record_behind(*job.exponent, block + b);
+        }
+        if (count == per_group && blocks[count - 1].block.rows == blocks[0].block.rows) {
+            multiply_blocks(work, blocks, count, loops.group[planes - 1]);
+        } else {
+            for (int b = 0; b < count; ++b) multiply_blocks(work, blocks + b, 1, loops.single[planes - 1]);
+        }
+        block += count;
     }
     return -1;
 }
@@ -194,8 +265,10 @@ void multiply_chunk(void* context, int64_t chunk) {
     const int64_t block = chunk * work.blocks_per_chunk;
     const int64_t wanted = (block + work.blocks_per_chunk) * shape.row_block;
     const int64_t stop = wanted < shape.rows ? wanted : shape.rows;
-    const bool packed = work.job.source != kDecodedRows;
-    const int64_t failure = packed ? multiply_packed(work, block, stop) : multiply_decoded(work, block, stop);
+    const MatmulSource source = work.job.source;
+    const int64_t failure = source == kRecords       ? multiply_records(work, block, stop)
+                            : source == kDecodedRows ? multiply_decoded(work, block, stop)
+                                                     : multiply_packed(work, block, stop);
     if (failure != -1) report(work.failure, failure);
 }
 
@@ -203,11 +276,13 @@ int64_t x_stride_bytes(int64_t cols, int64_t element_bytes) {
     return (cols + kWordBits - 1) / kWordBits * kWordBits * element_bytes + kRowSkewBytes;
 }
 
-PreparedX prepare(const MatmulJob& job, const MatmulLoops& loops, int64_t first, int rows, uint8_t* scratch) {
+PreparedX prepare(const MatmulJob& job, int64_t first, int rows, uint8_t* scratch) {
     const int64_t element_bytes = job.kernels->takes_fp32 ? 4 : 2, cols = job.mask.shape.cols;
     const uint8_t* x = static_cast<const uint8_t*>(job.x) + first * cols * element_bytes;
     const int64_t stride_bytes = x_stride_bytes(cols, job.kernels->prepared_size);
-    loops.prepare(x, rows, cols, scratch, stride_bytes);
+    const bool records = job.source == kRecords;
+    const auto prepare_rows = records ? job.kernels->records->prepare : job.kernels->loops[job.source]->prepare;
+    prepare_rows(x, rows, cols, scratch, stride_bytes);
     return {scratch, stride_bytes};
 }
 
@@ -221,7 +296,8 @@ void write_full_row(uint8_t* row, int64_t cols) {
 // The job as the kernels can do it: from decoded rows where they have no loops for the codec.
 MatmulJob possible(const MatmulJob& wanted) {
     MatmulJob job = wanted;
-    if (!job.kernels->loops[job.source]) job.source = kDecodedRows;
+    const bool has_loops = job.source == kRecords ? job.kernels->records != nullptr : job.kernels->loops[job.source] != nullptr;
+    if (!has_loops) job.source = kDecodedRows;
     if (job.source == kRawValues || job.source == kDecodedRows) job.values.group_words = INT64_MAX;
     return job;
 }
@@ -236,7 +312,6 @@ int64_t matmul_scratch_bytes(int64_t x_rows, int64_t cols) {
 int64_t matmul(const MatmulJob& wanted, int threads) {
     const MatmulJob job = possible(wanted);
     const Shape& shape = job.mask.shape;
-    const MatmulLoops& loops = *job.kernels->loops[job.source];
     if (shape.row_blocks() == 0) {
         const bool none = !job.mask.offsets || offset_at(job.mask.offsets, job.mask.offsets_are_64, 0) == 0;
         return none ? int64_t{-1} : int64_t{kOffsetsOutOfRange};
@@ -248,8 +323,8 @@ int64_t matmul(const MatmulJob& wanted, int threads) {
     uint8_t* const x_scratch = job.scratch + shape.words_per_row() * 8;
     for (int64_t first = 0; first < job.x_rows; first += kMaxXRows) {
         const int rows = static_cast<int>(job.x_rows - first < kMaxXRows ? job.x_rows - first : kMaxXRows);
-        const PreparedX x = prepare(job, loops, first, rows, x_scratch);
-        Multiplying work{job, loops, x, job.scratch, first, rows, blocks_per_chunk};
+        const PreparedX x = prepare(job, first, rows, x_scratch);
+        Multiplying work{job, x, job.scratch, first, rows, blocks_per_chunk};
         // OpenMP waits for its workers even when there is nothing left for them to do. With others using half of the
         // machine that costs 7.9 ms where our own threads need 0.6 (5632 x 2048, two threads, two cores).
         run_chunks(threads, chunks, multiply_chunk, &work, Team::kOwn);

@@ -11,16 +11,18 @@
 #include <cstdint>
 
 #include "bitmap.h"
+#include "exponent.h"
 #include "row_blocks.h"
 
 namespace endor {
 
 constexpr int kMaxXRows = 8;      // that share one expansion of W; more are multiplied in turns
 constexpr int kMaxGroupRows = 4;  // rows of W that are walked side by side
+constexpr int kMaxGroupBlocks = 2;  // row blocks of codec `exponent` that are
 
 // Where the weights of a row come from.
-enum MatmulSource { kRawValues = 0, kInt8Values = 1, kInt4Values = 2, kDecodedRows = 3 };
-constexpr int kMatmulSources = 4;
+enum MatmulSource { kRawValues = 0, kInt8Values = 1, kInt4Values = 2, kDecodedRows = 3, kRecords = 4 };
+constexpr int kRowSources = 4;  // those whose rows can be found one by one
 
 // A row of W whose values are known to be as many as its bits and to lie within the section.
 struct MatmulRow {
@@ -57,12 +59,24 @@ struct MatmulLoops {
     DotRows near_end[kMaxXRows];  // one row of W; reads nothing at or behind the end of the values
 };
 
+// The next row of each of some records of codec `exponent`: sums[record * rows of x + row of x]. The bitmaps are checked.
+using DotRecords = void (*)(RecordCursor* records, const uint8_t* const* bitmaps, int64_t words, PreparedX x, float* sums);
+
+// As MatmulLoops; the first index is the planes of the first level less one.
+struct MatmulRecordLoops {
+    void (*prepare)(const void* x, int64_t rows, int64_t cols, uint8_t* prepared, int64_t stride_bytes);
+    int group_blocks[kMaxXRows];
+    DotRecords group[2][kMaxXRows];
+    DotRecords single[2][kMaxXRows];
+};
+
 // The functions of one instruction set for one type of x.
 struct MatmulKernels {
     const char* name;
     bool takes_fp32;    // x: single precision, or bfloat16
     int prepared_size;  // bytes of an element of x as the loops want it
-    const MatmulLoops* loops[kMatmulSources];  // nullptr: decode first
+    const MatmulLoops* loops[kRowSources];  // nullptr: decode first
+    const MatmulRecordLoops* records;         // the same
 };
 
 // nullptr where the machine (or the build) does not have the instruction set.
@@ -76,6 +90,7 @@ struct MatmulJob {
     DecodeJob mask;  // and raw values; without out
     MatmulSource source;
     MatmulValues values;
+    const ExponentDecodeJob* exponent;  // of kRecords: bfloat16, with the same mask
     BlockDecoder decoder;  // where the kernels have no loops for the source: bfloat16 rows
     const void* decoder_context;
     const void* x;  // [x_rows, shape.cols]

@@ -72,9 +72,9 @@ namespace endor {
 
 const MatmulKernels* avx2_matmul(bool fp32) {
     static constexpr MatmulKernels narrow{
-        "avx2", false, 4, {&kLoops<RawSource, uint16_t>, nullptr, nullptr, &kLoops<DecodedSource, uint16_t>}};
+        "avx2", false, 4, {&kLoops<RawSource, uint16_t>, nullptr, nullptr, &kLoops<DecodedSource, uint16_t>}, nullptr};
     static constexpr MatmulKernels wide{
-        "avx2", true, 4, {&kLoops<RawSource, float>, nullptr, nullptr, &kLoops<DecodedSource, float>}};
+        "avx2", true, 4, {&kLoops<RawSource, float>, nullptr, nullptr, &kLoops<DecodedSource, float>}, nullptr};
     if (!avx2_kernels() || !__builtin_cpu_supports("fma")) return nullptr;
     return fp32 ? &wide : &narrow;
 }

@@ -47,11 +47,11 @@ struct Isa {
     }
 
     ENDOR_TARGET static inline void add(Sums& sums, const Columns& columns, const float* x) {
-        add32(sums, columns.low, x);
-        add32(sums, columns.high, x + 32);
+        add_half(sums, columns.low, x);
+        add_half(sums, columns.high, x + 32);
     }
 
-    ENDOR_TARGET static inline void add32(Sums& sums, __m512i columns, const float* x) {
+    ENDOR_TARGET static inline void add_half(Sums& sums, __m512i columns, const float* x) {
         using Floats = uint32_t __attribute__((vector_size(64)));
         const __m512 even = reinterpret_cast<__m512>(reinterpret_cast<Floats>(columns) << 16);
         const __m512 odd = reinterpret_cast<__m512>(reinterpret_cast<Floats>(columns) & 0xffff0000u);
@@ -78,6 +78,7 @@ struct Isa {
 }  // namespace endor
 
 #include "matmul_rows.h"
+#include "matmul_exponent512.h"
 #include "matmul_quantized512.h"
 
 namespace endor {
@@ -87,12 +88,14 @@ const MatmulKernels* avx512_matmul(bool fp32) {
                                           false,
                                           4,
                                           {&kLoops<RawSource, uint16_t>, &kLoops<Int8Source, uint16_t>,
-                                           &kLoops<Int4Source, uint16_t>, &kLoops<DecodedSource, uint16_t>}};
+                                           &kLoops<Int4Source, uint16_t>, &kLoops<DecodedSource, uint16_t>},
+                                          &kRecordLoops<uint16_t>};
     static constexpr MatmulKernels wide{"avx512",
                                         true,
                                         4,
                                         {&kLoops<RawSource, float>, &kLoops<Int8Source, float>,
-                                         &kLoops<Int4Source, float>, &kLoops<DecodedSource, float>}};
+                                         &kLoops<Int4Source, float>, &kLoops<DecodedSource, float>},
+                                        &kRecordLoops<float>};
     if (!avx512_kernels() || !__builtin_cpu_supports("avx512vbmi")) return nullptr;
     return fp32 ? &wide : &narrow;
 }

@@ -38,8 +38,12 @@ struct Isa {
     }
 
     ENDOR_TARGET static inline void add(Sums& sums, const Columns& columns, const uint16_t* x) {
-        sums.lanes = _mm512_dpbf16_ps(sums.lanes, (__m512bh)columns.low, (__m512bh)_mm512_loadu_si512(x));
-        sums.lanes = _mm512_dpbf16_ps(sums.lanes, (__m512bh)columns.high, (__m512bh)_mm512_loadu_si512(x + 32));
+        add_half(sums, columns.low, x);
+        add_half(sums, columns.high, x + 32);
+    }
+
+    ENDOR_TARGET static inline void add_half(Sums& sums, __m512i columns, const uint16_t* x) {
+        sums.lanes = _mm512_dpbf16_ps(sums.lanes, (__m512bh)columns, (__m512bh)_mm512_loadu_si512(x));
     }
 
     // 32 bfloat16: those of `first`, then those of `second`. Subnormal ones become zeros, for which they count anyway.
@@ -54,6 +58,7 @@ struct Isa {
 }  // namespace endor
 
 #include "matmul_rows.h"
+#include "matmul_exponent512.h"
 #include "matmul_quantized512.h"
 
 namespace endor {
@@ -63,7 +68,8 @@ const MatmulKernels* avx512bf16_matmul(bool fp32) {
                                            false,
                                            2,
                                            {&kLoops<RawSource, uint16_t>, &kLoops<Int8Source, uint16_t>,
-                                            &kLoops<Int4Source, uint16_t>, &kLoops<DecodedSource, uint16_t>}};
+                                            &kLoops<Int4Source, uint16_t>, &kLoops<DecodedSource, uint16_t>},
+                                           &kRecordLoops<uint16_t>};
     if (!avx512_matmul(false) || !__builtin_cpu_supports("avx512bf16")) return nullptr;
     return fp32 ? avx512_matmul(true) : &kernels;
 }

@@ -51,9 +51,9 @@ namespace endor {
 
 const MatmulKernels* scalar_matmul(bool fp32) {
     static constexpr MatmulKernels narrow{
-        "scalar", false, 4, {&kLoops<RawSource, uint16_t>, nullptr, nullptr, &kLoops<DecodedSource, uint16_t>}};
+        "scalar", false, 4, {&kLoops<RawSource, uint16_t>, nullptr, nullptr, &kLoops<DecodedSource, uint16_t>}, nullptr};
     static constexpr MatmulKernels wide{
-        "scalar", true, 4, {&kLoops<RawSource, float>, nullptr, nullptr, &kLoops<DecodedSource, float>}};
+        "scalar", true, 4, {&kLoops<RawSource, float>, nullptr, nullptr, &kLoops<DecodedSource, float>}, nullptr};
     return fp32 ? &wide : &narrow;
 }
 

@@ -361,7 +361,8 @@ bool parse_operand(int codec, PyObject* args, Operand& operand, MatmulJob& job, 
         if (!parse_exponent(args, operand.exponent, threads)) return false;
         operand.exponent.mask.streaming = false;
         job.mask = operand.exponent.mask;
-        job.source = kDecodedRows;
+        job.source = operand.exponent.float16 ? kDecodedRows : kRecords;
+        job.exponent = &operand.exponent;
         job.decoder = decode_exponent_block;
         job.decoder_context = &operand.exponent;
     } else {

@@ -67,8 +67,8 @@ using BlockDecoder = int64_t (*)(const void* context, const Block& block);
 
 constexpr int64_t kNoMemory = -2;
 
-// Checks the mask of a row block and decodes it to `out`. Returns -1, kNoMemory, or the Rule that the block breaks.
-int64_t decode_checked(const DecodeJob& job, int64_t number, uint8_t* out, BlockDecoder decoder, const void* context);
+// Where a row block lies, but not where it goes. Returns -1, or the Rule that its mask breaks.
+int64_t check_block(const DecodeJob& job, int64_t number, Block& block);
 
 // Checks the mask of every block and decodes it. Returns -1, kNoMemory, or 4 * row block + Rule of the first block that
 // is wrong.
