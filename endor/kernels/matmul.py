@@ -31,9 +31,9 @@ from endor.kernels.native_quantized import quantized_arguments
 __all__ = ["MAX_ROWS", "instruction_sets", "linear", "supports"]
 
 MAX_ROWS = {
-    "avx512bf16": {"raw": 16, "exponent": 16, "int8": 16, "int4": 16},
-    "avx512": {"raw": 8, "exponent": 8, "int8": 8, "int4": 8},
-    "avx2": {"raw": 4, "exponent": 4, "int8": 4, "int4": 4},
+    "avx512bf16": {"raw": 8, "exponent": 8, "int8": 8, "int4": 8},
+    "avx512": {"raw": 8, "exponent": 4, "int8": 8, "int4": 8},
+    "avx2": {"raw": 4, "exponent": 1, "int8": 2, "int4": 1},
     "scalar": {"raw": 1, "exponent": 1, "int8": 1, "int4": 1},
 }
 """Rows of x up to which a product is faster than decoding first, as measured: docs/design/kernels.md."""
