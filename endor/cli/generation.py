@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -32,6 +34,7 @@ class SessionOptions:
     reader: str
     depth: int
     dtype: torch.dtype | None
+    matmul: str
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Session:
             reader=options.reader,
             depth=options.depth,
             dtype=options.dtype,
+            matmul=options.matmul,
         )
         self.runtime = runtime_of(self.model)
         if not self.model.can_generate():
@@ -143,10 +147,10 @@ class Session:
     def generate(self, ids: torch.Tensor, *, echo: bool) -> Generation:
         """Continue `ids`, int64 [1, tokens]; with `echo` the text goes to stdout as it is made."""
         torch.manual_seed(self.options.seed)
-        before, forwards = self.runtime.stats(), len(self.runtime.per_forward())
+        before = self.runtime.stats()
         streamer = _Echo(self.tokenizer) if echo else None
         began = perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), self._first_forward() as first_seconds:
             out = self.model.generate(ids, streamer=streamer, **self._generation_options(ids))
         seconds = perf_counter() - began
         # An encoder-decoder gives only what the decoder made, behind its start token.
@@ -158,10 +162,26 @@ class Session:
             token_ids=new,
             prompt_tokens=ids.shape[1],
             seconds=seconds,
-            first_token_seconds=self.runtime.per_forward()[forwards].wall_s,
+            first_token_seconds=first_seconds[0],
             stats=self.runtime.stats() - before,
             peak_host_bytes=self.runtime.peak_anonymous_bytes,
         )
+
+    @contextmanager
+    def _first_forward(self) -> Iterator[list[float]]:
+        """Gives a list that has the seconds of the first forward inside once that is over. The runtime keeps
+        the records of the last forwards only."""
+        began, seconds = self.runtime.stats().wall_s, list[float]()
+
+        def note(*_: object) -> None:
+            if not seconds:
+                seconds.append(self.runtime.stats().wall_s - began)
+
+        handle = self.model.register_forward_hook(note)
+        try:
+            yield seconds
+        finally:
+            handle.remove()
 
     def _generation_options(self, ids: torch.Tensor) -> dict[str, Any]:
         options: dict[str, Any] = {

@@ -87,6 +87,14 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 )
 @click.option("--dtype", type=click.Choice(_DTYPES), default="auto", show_default=True, help="To compute in.")
 @click.option(
+    "--matmul",
+    type=click.Choice(["auto", "decode"]),
+    default="auto",
+    show_default=True,
+    help="auto multiplies straight from compressed weights where that is faster; decode gives the logits of "
+    "the dense pruned model to the last bit.",
+)
+@click.option(
     "--stats", is_flag=True, help="Print a table: tokens/s, bytes per tier, where the time went, memory."
 )
 @common_options

@@ -44,24 +44,30 @@ class EndorConfig(QuantizationConfigMixin):
     Args:
         dequantize: decode every weight at load; the model is then a dense one like any other.
         format_version: of the checkpoint.
+        matmul: `auto` multiplies straight from the packed weights where that is faster, which may change the
+            last bits of the logits; `decode` gives those of the dense pruned model, bit for bit.
         information: what else config.json says; kept as it is.
     """
 
-    def __init__(self, *, dequantize: bool = False, format_version: int = 1, **information: Any) -> None:
+    def __init__(
+        self, *, dequantize: bool = False, format_version: int = 1, matmul: str = "auto", **information: Any
+    ) -> None:
         vars(self).update(information)
         self.quant_method = _METHOD  # type: ignore[assignment]  # not one that transformers ships
         self.dequantize = dequantize
         self.format_version = format_version
+        self.matmul = matmul
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained(quantization_config=...)` changes in the checkpoint's own config."""
-        return {"dequantize": self.dequantize}
+        return {"dequantize": self.dequantize, "matmul": self.matmul}
 
 
 class EndorQuantizer(HfQuantizer):
     """What transformers asks while it loads an Endor checkpoint.
 
-    Raises PlanError for a dense checkpoint: pruning and packing is not done while loading.
+    Raises PlanError for a dense checkpoint (pruning and packing is not done while loading) and for an unknown
+    `matmul`.
     """
 
     requires_calibration = True
@@ -74,6 +80,7 @@ class EndorQuantizer(HfQuantizer):
                 "Convert it first with `convert-model SOURCE OUT`, then load OUT"
             )
         super().__init__(quantization_config, **kwargs)
+        _check_matmul(quantization_config.matmul)
         self._directory = Path()
         self._packed: dict[str, TensorEntry] = {}  # by the name the weight has in the model
         self._loaded: set[str] = set()
@@ -171,6 +178,7 @@ class EndorQuantizer(HfQuantizer):
         scratch = ThreadScratch()
         for _, weight in _packed_weights(model):
             weight.use_scratch(scratch)
+            weight.use_matmul(self.quantization_config.matmul)
         self._packed.clear()  # neither a copy nor a pickle of the model needs them
         # save_pretrained would undo these. A dense model has nothing to undo, and a packed one is not saved.
         vars(model).pop("_weight_conversions", None)
@@ -209,6 +217,12 @@ class _Unpack(ConversionOps):
         sections = {names[pattern]: tensors[0] for pattern, tensors in input_dict.items()}
         home = kwargs["full_layer_name"]
         return {home: [self._quantizer.unpack(home, sections, kwargs["model"], self.dtype)]}
+
+
+def _check_matmul(matmul: object) -> None:
+    from endor.kernels.linear import check_matmul
+
+    check_matmul(matmul)
 
 
 def _refuse_disk(device_map: Any) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Sequence
 
 import torch
 
-from endor.formats.packed import PackedTensor, TensorLayout
-from endor.kernels.dispatch import decode
+from endor.formats.packed import PackedTensor
+from endor.kernels.backend import rows_of
+from endor.kernels.dispatch import decode, decode_rows
 
 __all__ = ["ThreadScratch"]
 
@@ -28,15 +31,27 @@ class ThreadScratch:
         layout = packed.layout
         if packed.device.type != "cpu":  # torch keeps the memory of other devices for reuse itself
             return decode(packed).to(dtype)
-        dense = decode(packed, out=self._shaped("stored", layout, layout.dtype))
-        return dense if dtype == layout.dtype else self._shaped("cast", layout, dtype).copy_(dense)
+        return self._cast(decode(packed, out=self._shaped("stored", layout.shape, layout.dtype)), dtype)
 
-    def _shaped(self, use: str, layout: TensorLayout, dtype: torch.dtype) -> torch.Tensor:
-        nbytes = layout.geometry.numel * dtype.itemsize
+    def decode_rows(
+        self, packed: PackedTensor, start_block: int, stop_block: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Row blocks [start_block, stop_block) of a weight on the CPU in `dtype`, [rows, columns], valid
+        until the thread's next call. Raises FormatError for damage."""
+        layout = packed.layout
+        shape = (len(rows_of(layout, start_block, stop_block)), layout.geometry.cols)
+        tile = self._shaped("stored", shape, layout.dtype)
+        return self._cast(decode_rows(packed, start_block, stop_block, tile), dtype)
+
+    def _cast(self, dense: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return dense if dtype == dense.dtype else self._shaped("cast", dense.shape, dtype).copy_(dense)
+
+    def _shaped(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
         buffer = vars(self._buffers).get(use)
         if buffer is None or buffer.numel() < nbytes:
             buffer = self._reserve(use, nbytes)
-        return buffer[:nbytes].view(dtype).view(layout.shape)
+        return buffer[:nbytes].view(dtype).view(torch.Size(shape))
 
     def _reserve(self, use: str, nbytes: int) -> torch.Tensor:
         """Give this thread a buffer of at least `nbytes`."""

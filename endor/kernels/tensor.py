@@ -1,9 +1,9 @@
 """`BitmapTensor`: a packed weight that any PyTorch code can use as if it were the dense tensor.
 
 It is a wrapper subclass, as torchao's quantised tensors are: shape, dtype and device are those of the dense
-tensor, the storage is the packed sections. `F.linear` decodes into a scratch buffer that its owner lends;
-every other operation decodes into fresh memory. A weight that is streamed has its sections only while its
-block runs (`attach`, `detach`).
+tensor, the storage is the packed sections. `F.linear` decodes into a scratch buffer that its owner lends, or
+multiplies straight from the sections where that was asked for (`use_matmul`); every other operation decodes
+into fresh memory. A weight that is streamed has its sections only while its block runs (`attach`, `detach`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from endor.errors import KernelError
 from endor.formats.packed import DENSE_SECTION, PackedTensor, TensorLayout
 from endor.kernels.dispatch import decode as decode_packed
+from endor.kernels.linear import RowScratch, check_matmul, packed_linear
 from endor.kernels.smallest import encode_smallest
 
 __all__ = ["BitmapTensor", "Scratch", "decode", "encode"]
@@ -30,7 +31,7 @@ _SHARE_STORAGE = frozenset({torch.Tensor.share_memory_})
 """What hands a tensor's memory to others."""
 
 
-class Scratch(Protocol):
+class Scratch(RowScratch, Protocol):
     """Lends memory to decode into; what it lent before may be overwritten by the next call."""
 
     def decode(self, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -46,11 +47,13 @@ class BitmapTensor(torch.Tensor):
         dtype: the dtype it shows and decodes to; the stored one by default.
         scratch: lends the memory that `F.linear` decodes into; fresh memory without one.
         device: it shows; that of the sections by default.
+        matmul: how `F.linear` multiplies, see `use_matmul`.
     """
 
     packed_layout: TensorLayout
     _packed: PackedTensor | None
     _scratch: Scratch | None
+    _matmul: str
 
     def __new__(
         cls,
@@ -60,6 +63,7 @@ class BitmapTensor(torch.Tensor):
         dtype: torch.dtype | None = None,
         scratch: Scratch | None = None,
         device: torch.device | None = None,
+        matmul: str = "decode",
     ) -> Self:
         if device is None:
             device = packed.device if packed is not None else torch.device("cpu")
@@ -69,6 +73,7 @@ class BitmapTensor(torch.Tensor):
         self.packed_layout = layout
         self._packed = packed
         self._scratch = scratch
+        self._matmul = check_matmul(matmul)
         return self
 
     def __init__(self, *args: object, **kwargs: object) -> None:  # noqa: ARG002 - __new__ has used them
@@ -101,6 +106,15 @@ class BitmapTensor(torch.Tensor):
     def use_scratch(self, scratch: Scratch) -> None:
         """Decode into `scratch` where one use is enough."""
         self._scratch = scratch
+
+    def use_matmul(self, matmul: str) -> None:
+        """Choose how `F.linear` multiplies.
+
+        `decode`, as a new tensor does, multiplies with the dense weight: the result has the bits that the
+        dense weight gives. `auto` takes the fastest way, which adds in another order: the last bits may
+        differ. Raises PlanError for anything else.
+        """
+        self._matmul = check_matmul(matmul)
 
     @property
     def nnz(self) -> int:
@@ -139,7 +153,10 @@ class BitmapTensor(torch.Tensor):
 
     def _like(self, packed: PackedTensor | None, *, dtype: torch.dtype) -> BitmapTensor:
         device = packed.device if packed is not None else self.device
-        return BitmapTensor(self.packed_layout, packed, dtype=dtype, scratch=self._scratch, device=device)
+        scratch, matmul = self._scratch, self._matmul
+        return BitmapTensor(
+            self.packed_layout, packed, dtype=dtype, scratch=scratch, device=device, matmul=matmul
+        )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
@@ -163,6 +180,7 @@ class BitmapTensor(torch.Tensor):
             dict(self.packed.sections),
             self.dtype,
             isinstance(self, torch.nn.Parameter),
+            self._matmul,
         )
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[TensorLayout, torch.dtype]]:
@@ -229,6 +247,10 @@ def _linear(x: torch.Tensor, weight: BitmapTensor, bias: torch.Tensor | None = N
     if torch.is_grad_enabled() and x.requires_grad:
         # Backward needs the weight after the scratch has moved on.
         return F.linear(x, weight.to_dense(), bias)
+    if weight._matmul == "auto":
+        y = packed_linear(x, weight.packed, bias, dtype=weight.dtype, scratch=weight._scratch)
+        if y is not None:
+            return y
     # torch folds leading dimensions only for weights that require grad. For others a sliced x, such as the
     # last token of a prompt, becomes a batched product that first copies the weight: 131 MB and 50 times the
     # time for a head of 32000 x 2048.
@@ -266,9 +288,13 @@ def _dense(value: Any) -> Any:
 
 
 def _rebuild(
-    layout: TensorLayout, sections: Mapping[str, torch.Tensor], dtype: torch.dtype, parameter: bool
+    layout: TensorLayout,
+    sections: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    parameter: bool,
+    matmul: str = "decode",
 ) -> torch.Tensor:
-    tensor = BitmapTensor(layout, PackedTensor(layout, sections), dtype=dtype)
+    tensor = BitmapTensor(layout, PackedTensor(layout, sections), dtype=dtype, matmul=matmul)
     return torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor
 
 
@@ -277,7 +303,8 @@ def encode(
 ) -> BitmapTensor:
     """Pack a weight: bit-exactly, unless a lossy codec is named.
 
-    Every element whose bits are not all zero is kept, -0.0 included.
+    Every element whose bits are not all zero is kept, -0.0 included. `F.linear` with the result gives the
+    bits that it gives with the dense weight; `use_matmul("auto")` makes it faster, see there.
 
     Args:
         weight: bf16, fp16, fp32 or float8_e4m3fn of any rank >= 1, zero-size dimensions included; other

@@ -12,6 +12,7 @@ from torch import nn
 from endor.checkpoint import Checkpoint
 from endor.errors import PlanError
 from endor.formats import CheckpointReader
+from endor.kernels.linear import check_matmul
 from endor.loaders import READER_NAMES, available_bytes, choose_reader
 from endor.runtime.install import dense_bytes, install_weights, stored_dtype
 from endor.runtime.place import place
@@ -38,6 +39,7 @@ def load(
     depth: int = 2,
     dtype: torch.dtype | str | None = None,
     verify: str = "first",
+    matmul: str = "auto",
 ) -> Any:
     """Load a converted model so that it runs with only a part of it in memory.
 
@@ -52,6 +54,9 @@ def load(
         dtype: to compute in; the model's own by default.
         verify: when weights are compared with their checksums: `first` (when a block is first read; what will
             be read in parts, such as experts, now), `always` (every time a block is read) or `never`.
+        matmul: `auto` multiplies straight from the compressed weights where that is faster, which adds in
+            another order and so may change the last bits of the logits; `decode` gives those of the dense
+            pruned model, bit for bit.
 
     Returns:
         The transformers model; `model.generate` works, `model.endor_stats()` gives totals, and
@@ -63,6 +68,7 @@ def load(
         FormatError: a file is damaged, or does not fit the model.
         PlanError: a budget or option cannot be met.
     """
+    matmul = check_matmul(matmul)
     wanted = _check_options(device=device, reader=reader, depth=depth, host_memory=host_memory, dtype=dtype)
     if verify not in _VERIFY:
         raise PlanError(f"verify must be one of {', '.join(_VERIFY)}, found {verify!r}")
@@ -74,9 +80,10 @@ def load(
         check_complete(model, Path(directory))
         budget = _default_host_bytes() if host_memory is None else host_memory
         plan = place(model, installed, checkpoint, host_bytes=budget, depth=depth, verify=verify != "never")
-    scratch = DecodeScratch(plan.decoded(), stats)
+    scratch = DecodeScratch(plan.decoded(), stats, matmul=matmul)
     for weight in plan.weights():
         weight.use_scratch(scratch)
+        weight.use_matmul(matmul)
     _start(
         model,
         list(plan.blocks),

@@ -1,12 +1,14 @@
-"""The runtime's decode scratch: a buffer on huge pages, as large as the model's largest weight."""
+"""The runtime's decode scratch: a buffer on huge pages, as large as what is decoded at a time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 
 from endor.formats.packed import PackedTensor, TensorLayout
+from endor.kernels.linear import tile_shape
 from endor.kernels.scratch import ThreadScratch
 from endor.loaders import StagingPool
 from endor.runtime.stats import StatsRecorder
@@ -23,17 +25,22 @@ class DecodeScratch(ThreadScratch):
     Args:
         weights: layouts of all weights that will be decoded, with the dtype each is wanted in.
         stats: where decode time is counted.
+        matmul: how they are multiplied: `auto` decodes tile by tile, `decode` whole weights.
     """
 
-    def __init__(self, weights: Iterable[tuple[TensorLayout, torch.dtype]], stats: StatsRecorder) -> None:
+    def __init__(
+        self, weights: Iterable[tuple[TensorLayout, torch.dtype]], stats: StatsRecorder, *, matmul: str
+    ) -> None:
         super().__init__()
+        self.matmul = matmul
         self._stats = stats
         self._pools: list[StagingPool] = []
         wanted = {"stored": 0, "cast": 0}
         for layout, dtype in weights:
-            wanted["stored"] = max(wanted["stored"], layout.dense_bytes)
+            numel = layout.geometry.numel if matmul == "decode" else math.prod(tile_shape(layout))
+            wanted["stored"] = max(wanted["stored"], numel * layout.dtype.itemsize)
             if dtype != layout.dtype:
-                wanted["cast"] = max(wanted["cast"], layout.geometry.numel * dtype.itemsize)
+                wanted["cast"] = max(wanted["cast"], numel * dtype.itemsize)
         for use, nbytes in wanted.items():
             if nbytes:
                 self._reserve(use, nbytes)
@@ -46,6 +53,13 @@ class DecodeScratch(ThreadScratch):
         """The dense tensor in `dtype`, valid until the thread's next call. Raises FormatError for damage."""
         with self._stats.decoding():
             return super().decode(packed, dtype)
+
+    def decode_rows(
+        self, packed: PackedTensor, start_block: int, stop_block: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Some row blocks in `dtype`, valid until the thread's next call. Raises FormatError for damage."""
+        with self._stats.decoding():
+            return super().decode_rows(packed, start_block, stop_block, dtype)
 
     def close(self) -> None:
         """Give the memory back."""

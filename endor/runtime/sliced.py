@@ -72,12 +72,14 @@ class SlicedWeight(BitmapTensor):
 
     def part(self, packed: PackedTensor) -> BitmapTensor:
         """A part of this weight as a weight of its own."""
-        return BitmapTensor(packed.layout, packed, dtype=self.dtype, scratch=self._scratch)
+        scratch, matmul = self._scratch, self._matmul
+        return BitmapTensor(packed.layout, packed, dtype=self.dtype, scratch=scratch, matmul=matmul)
 
     def _like(self, packed: PackedTensor | None, *, dtype: torch.dtype) -> BitmapTensor:
         if packed is not None:
             return super()._like(packed, dtype=dtype)
-        like = SlicedWeight(self.packed_layout, dtype=dtype, scratch=self._scratch)
+        scratch, matmul = self._scratch, self._matmul
+        like = SlicedWeight(self.packed_layout, dtype=dtype, scratch=scratch, matmul=matmul)
         like.use_source(self._source)
         return like
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
 
-__all__ = ["RunStats", "StatsRecorder", "anonymous_bytes"]
+__all__ = ["KEPT_FORWARDS", "RunStats", "StatsRecorder", "anonymous_bytes"]
+
+KEPT_FORWARDS = 4096
+"""Forwards whose own record is kept: a server that runs for months must not fill its memory with them."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class StatsRecorder:
         self.disk_bytes = 0
         self.host_bytes = 0
         self.peak_anonymous_bytes = 0
-        self.per_forward: list[RunStats] = []
+        self.per_forward: deque[RunStats] = deque(maxlen=KEPT_FORWARDS)
         self._began_s = 0.0
         self._before = RunStats()
 

@@ -25,6 +25,7 @@ from endor.formats.entries import Section
 from endor.formats.packed import PackedTensor
 from endor.formats.reader import BlockRange
 from endor.kernels import active_backend
+from endor.kernels.linear import compressed_kernel
 from endor.kernels.tensor import BitmapTensor
 from endor.loaders import Lease, LoadPlan, Prefetcher, Reader, ReadOp, StagingPool, Unit, read_unit
 from endor.runtime.experts import ExpertCache
@@ -232,10 +233,17 @@ class Runtime:
 
     @property
     def kernel(self) -> str:
-        """The kernels that decode this model's weights, e.g. `native-avx512`; several where codecs differ."""
-        layouts = [w.packed_layout for b in self._blocks for w in b.weights.values()]
-        codecs = {layout.codec for layout in layouts if not layout.is_plain}
-        return ", ".join(sorted({active_backend("cpu", codec=codec) for codec in codecs})) or "none"
+        """The kernels that decode this model's weights, and that multiply without decoding, e.g.
+        `native-avx512 (matmul: avx512bf16)`; several where codecs differ."""
+        weights = [w for b in self._blocks for w in b.weights.values() if not w.packed_layout.is_plain]
+        decoders = {active_backend("cpu", codec=weight.codec) for weight in weights}
+        products: set[str | None] = set()
+        if self._scratch.matmul == "auto":
+            kinds = {(w.codec, w.mask, w.packed_layout.dtype, w.dtype): w for w in weights}
+            products = {compressed_kernel(w.packed_layout, w.dtype) for w in kinds.values()}
+        multiplied = ", ".join(sorted(filter(None, products)))
+        text = ", ".join(sorted(decoders)) or "none"
+        return f"{text} (matmul: {multiplied})" if multiplied else text
 
     @property
     def streamed_bytes(self) -> int:
@@ -266,8 +274,8 @@ class Runtime:
         return self._stats.snapshot()
 
     def per_forward(self) -> tuple[RunStats, ...]:
-        """One entry per forward of the model: the first of a generation reads the prompt, each other makes
-        one token."""
+        """One entry per forward of the model, of the last 4096: the first of a generation reads the prompt,
+        each other makes one token. `stats` has the totals of all."""
         return tuple(self._stats.per_forward)
 
     def close(self) -> None:

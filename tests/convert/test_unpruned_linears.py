@@ -12,6 +12,7 @@ import transformers
 import endor
 from endor.formats import CheckpointReader, TensorEntry
 from endor.formats.verify import verify_checkpoint
+from endor.integrations.transformers import EndorConfig
 from endor.runtime import runtime_of
 from tests.support.sources import VOCABULARY, build, dense_weights, save_source
 
@@ -100,10 +101,11 @@ def test_a_coded_head_gives_the_logits_of_the_dense_pruned_model_bit_for_bit(
     model.load_state_dict(dense_weights(out), strict=False)
     model.save_pretrained(plain)
     dense: Any = transformers.AutoModelForCausalLM.from_pretrained(plain)
-    packed: Any = transformers.AutoModelForCausalLM.from_pretrained(out)
+    exact = EndorConfig(matmul="decode")
+    packed: Any = transformers.AutoModelForCausalLM.from_pretrained(out, quantization_config=exact)
     assert torch.equal(logits(packed), logits(dense))
     for host_memory in (0, None):
-        streamed = endor.load(out, host_memory=host_memory)
+        streamed = endor.load(out, host_memory=host_memory, matmul="decode")
         assert torch.equal(logits(streamed), logits(dense))
         runtime_of(streamed).close()
 

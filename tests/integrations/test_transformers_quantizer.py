@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from endor.errors import ChecksumError, EndorError, FormatError, LoadError, Plan
 from endor.formats import CODECS, CheckpointWriter, Codec, PackedTensor, TensorLayout, header_bytes_bound
 from endor.formats.codecs import SectionSpec, ValuesContext
 from endor.integrations.transformers import EndorConfig, EndorQuantizer
-from endor.kernels import encode
+from endor.kernels import encode, matmul
 from endor.kernels.tensor import BitmapTensor
 from tests.support.bits import assert_bitwise_equal
 from tests.support.models import dense_reference, linear_names, tiny_llama, write_endor_checkpoint
@@ -32,11 +33,12 @@ IDS = torch.tensor([[5, 17, 200, 3, 99, 42, 7]])
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """One model as an Endor checkpoint and as a plain one."""
+    """One model as an Endor checkpoint, which asks for products with the bits of dense ones, and as a plain
+    one."""
     base = tmp_path_factory.mktemp("quantizer")
     model = tiny_llama()
     dense_reference(model, base / "dense")
-    return write_endor_checkpoint(model, base / "endor"), base / "dense"
+    return with_matmul(write_endor_checkpoint(model, base / "endor"), "decode"), base / "dense"
 
 
 @pytest.fixture
@@ -85,6 +87,15 @@ def assert_same_model(actual: Any, expected: Any) -> None:
     assert generate(actual) == generate(expected)
 
 
+def with_matmul(directory: Path, matmul: str | None) -> Path:
+    """The same checkpoint, whose config says how to multiply."""
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"].pop("matmul", None)
+    config["quantization_config"] |= {} if matmul is None else {"matmul": matmul}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
 def write_model(model: Any, directory: Path, *, packed: Mapping[str, PackedTensor]) -> Path:
     """Any model as one block of one shard, with these weights packed."""
     ties = dict(model.all_tied_weights_keys)
@@ -97,7 +108,7 @@ def write_model(model: Any, directory: Path, *, packed: Mapping[str, PackedTenso
         for name, tensor in state.items():
             shard.add(name, packed.get(name, tensor), aliases=[t for t, s in ties.items() if s == name])
     writer.finish()
-    quantization = {"quant_method": "endor", "format_version": 1, "method": "test"}
+    quantization = {"quant_method": "endor", "format_version": 1, "method": "test", "matmul": "decode"}
     config = model.config.to_dict() | {
         "architectures": [type(model).__name__],
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -120,7 +131,39 @@ def test_logits_and_tokens_equal_the_dense_models_bit_for_bit(
 
 
 def test_logits_and_tokens_equal_those_of_endor_load(checkpoint: Path) -> None:
-    assert_same_model(AutoModelForCausalLM.from_pretrained(checkpoint), endor.load(checkpoint))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert_same_model(model, endor.load(checkpoint, matmul="decode"))
+
+
+def test_products_are_straight_from_packed_weights_unless_told_otherwise(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, plain = models
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    with_matmul(tmp_path / "copy", None)
+    taken: list[torch.Tensor | None] = []
+    straight = matmul.linear
+
+    def noted(*arguments: Any, **options: Any) -> torch.Tensor | None:
+        taken.append(straight(*arguments, **options))
+        return taken[-1]
+
+    monkeypatch.setattr(matmul, "linear", noted)
+    dense = logits(AutoModelForCausalLM.from_pretrained(plain))
+    assert taken == []
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "copy"))
+    assert len(taken) == 35  # the weights of five layers; the head is plain
+    torch.testing.assert_close(found, dense)
+    taken.clear()
+    exact = EndorConfig(matmul="decode")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", quantization_config=exact)
+    assert_bitwise_equal(logits(model), dense)
+    assert taken == []
+
+
+def test_an_unknown_matmul_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(PlanError, match="matmul must be one of auto, decode, found 'quick'"):
+        AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=EndorConfig(matmul="quick"))
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -39,7 +39,7 @@ def converted(model: Any, base: Path, dtype: torch.dtype) -> tuple[Path, Any]:
 
 def test_gpt2_streams_its_conv1d_weights(tmp_path: Path) -> None:
     directory, dense = converted(gpt2(), tmp_path, torch.bfloat16)
-    model = endor.load(directory, host_memory=0)
+    model = endor.load(directory, host_memory=0, matmul="decode")
     assert runtime_of(model).placement.counts()["disk"] == 2
     ids = torch.tensor([[5, 9, 77, 31]])
     with torch.inference_mode():

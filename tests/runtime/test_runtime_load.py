@@ -42,6 +42,11 @@ def damaged(checkpoint: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def load(directory: Path, **options: Any) -> Any:
+    """A model whose products have the bits of the dense ones."""
+    return endor.load(directory, **{"matmul": "decode", **options})
+
+
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
@@ -76,7 +81,7 @@ def test_logits_and_tokens_equal_the_dense_models_bit_for_bit(
     models: tuple[Path, Any], host_memory: int | None, depth: int
 ) -> None:
     directory, dense = models
-    model = endor.load(directory, host_memory=host_memory, depth=depth)
+    model = load(directory, host_memory=host_memory, depth=depth)
     assert torch.equal(logits(model), logits(dense))
     assert generate(model) == generate(dense)
 
@@ -86,7 +91,7 @@ def test_another_compute_dtype_equals_the_dense_model_in_it(
     models: tuple[Path, Any], dtype: torch.dtype
 ) -> None:
     directory, dense = models
-    model = endor.load(directory, host_memory=0, dtype=dtype)
+    model = load(directory, host_memory=0, dtype=dtype)
     assert torch.equal(logits(model), logits(type(dense).from_pretrained(dense.name_or_path, dtype=dtype)))
 
 
@@ -94,14 +99,14 @@ def test_another_compute_dtype_equals_the_dense_model_in_it(
 def test_checkpoints_of_other_dtypes_run(tmp_path: Path, dtype: torch.dtype) -> None:
     source = tiny_llama(dtype=dtype, layers=2)
     directory = write_endor_checkpoint(source, tmp_path / "endor", shards=1)
-    model = endor.load(directory, host_memory=0)
+    model = load(directory, host_memory=0)
     assert model.dtype == dtype
     assert torch.equal(logits(model), logits(dense_reference(source, tmp_path / "dense")))
 
 
 def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
     source = tiny_llama(layers=1, tied=True)
-    model = endor.load(write_endor_checkpoint(source, tmp_path / "endor"), host_memory=0)
+    model = load(write_endor_checkpoint(source, tmp_path / "endor"), host_memory=0)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(logits(model), logits(dense_reference(source, tmp_path / "dense")))
 
@@ -109,11 +114,11 @@ def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
 def test_one_streamed_block_works(tmp_path: Path) -> None:
     source = tiny_llama(layers=1, tied=True)
     directory = write_endor_checkpoint(source, tmp_path / "endor", shards=1)
-    assert generate(endor.load(directory, host_memory=0, depth=2)) == generate(source)
+    assert generate(load(directory, host_memory=0, depth=2)) == generate(source)
 
 
 def test_every_token_reads_every_streamed_byte_once(checkpoint: Path) -> None:
-    model = endor.load(checkpoint, host_memory=0)
+    model = load(checkpoint, host_memory=0)
     runtime = runtime_of(model)
     generate(model, 4)
     per_forward = runtime.per_forward()
@@ -128,7 +133,7 @@ def test_every_token_reads_every_streamed_byte_once(checkpoint: Path) -> None:
 
 
 def test_resident_blocks_are_used_and_not_read_again(checkpoint: Path) -> None:
-    model = endor.load(checkpoint, host_memory=None)
+    model = load(checkpoint, host_memory=None)
     generate(model, 3)
     stats = model.endor_stats()
     assert stats.disk_bytes == 0
@@ -136,7 +141,7 @@ def test_resident_blocks_are_used_and_not_read_again(checkpoint: Path) -> None:
 
 
 def test_a_streamed_weight_outside_its_block_says_so(checkpoint: Path) -> None:
-    model = endor.load(checkpoint, host_memory=0)
+    model = load(checkpoint, host_memory=0)
     weight = model.model.layers[0].mlp.up_proj.weight
     assert isinstance(weight, BitmapTensor)
     with pytest.raises(KernelError, match=r"streamed weight .* host_memory"):
@@ -145,7 +150,7 @@ def test_a_streamed_weight_outside_its_block_says_so(checkpoint: Path) -> None:
 
 def test_layers_may_be_called_out_of_order(models: tuple[Path, Any]) -> None:
     directory, dense = models
-    model = endor.load(directory, host_memory=0, depth=2)
+    model = load(directory, host_memory=0, depth=2)
     x = torch.randn(1, 3, 64, dtype=torch.bfloat16)
     for index in (3, 0, 0, 4, 1):
         ours, theirs = model.model.layers[index].mlp, dense.model.layers[index].mlp
@@ -162,7 +167,7 @@ def test_layers_may_be_called_out_of_order(models: tuple[Path, Any]) -> None:
 def test_close_leaves_no_thread_descriptor_hook_or_attribute(checkpoint: Path) -> None:
     gc.collect()
     threads, fds = threading.active_count(), open_files()
-    model = endor.load(checkpoint, host_memory=45_000)
+    model = load(checkpoint, host_memory=45_000)
     generate(model, 2)
     runtime_of(model).close()
     runtime_attributes = [n for m in model.modules() for n in vars(m) if "endor" in n]
@@ -177,7 +182,7 @@ def test_close_leaves_no_thread_descriptor_hook_or_attribute(checkpoint: Path) -
 def test_a_collected_model_ends_its_threads(checkpoint: Path) -> None:
     gc.collect()
     threads, fds = threading.active_count(), open_files()
-    model = endor.load(checkpoint, host_memory=0)
+    model = load(checkpoint, host_memory=0)
     generate(model, 2)
     del model
     gc.collect()
@@ -190,7 +195,7 @@ def test_an_exception_in_a_layer_leaves_a_usable_model(
     models: tuple[Path, Any], error: type[BaseException]
 ) -> None:
     directory, dense = models
-    model = endor.load(directory, host_memory=0, depth=1)
+    model = load(directory, host_memory=0, depth=1)
 
     def fail(*_: object) -> None:
         raise error("in a layer")
@@ -211,11 +216,11 @@ def test_a_flipped_bit_in_a_streamed_block_is_refused_by_name(damaged: Path) -> 
     data = bytearray(file.read_bytes())
     data[offset] ^= 1
     file.write_bytes(data)
-    model = endor.load(damaged, host_memory=0)
+    model = load(damaged, host_memory=0)
     with pytest.raises(ChecksumError, match=name):
         logits(model)
     with pytest.raises(ChecksumError, match=name):
-        endor.load(damaged, host_memory=None)
+        load(damaged, host_memory=None)
 
 
 def test_a_flipped_bit_in_a_dense_tensor_is_refused_by_name(damaged: Path) -> None:
@@ -224,11 +229,11 @@ def test_a_flipped_bit_in_a_dense_tensor_is_refused_by_name(damaged: Path) -> No
     data[offset] ^= 1
     file.write_bytes(data)
     with pytest.raises(ChecksumError, match=r"model\.norm\.weight"):
-        endor.load(damaged, host_memory=0)
+        load(damaged, host_memory=0)
 
 
 def test_a_shard_truncated_while_running_is_an_error_not_a_crash(damaged: Path) -> None:
-    model = endor.load(damaged, host_memory=0, depth=0)
+    model = load(damaged, host_memory=0, depth=0)
     logits(model)
     file, offset, _ = shard_with(damaged, "model.layers.4.mlp.down_proj.weight")
     with file.open("r+b") as opened:
@@ -241,14 +246,14 @@ def test_a_missing_tensor_is_named(damaged: Path) -> None:
     config = (damaged / "config.json").read_text()
     (damaged / "config.json").write_text(config.replace('"num_hidden_layers": 5', '"num_hidden_layers": 6'))
     with pytest.raises(FormatError, match=r"no model\.layers\.5\.\S+.*which the model needs"):
-        endor.load(damaged)
+        load(damaged)
 
 
 def test_a_tensor_the_model_lacks_is_named(damaged: Path) -> None:
     config = (damaged / "config.json").read_text()
     (damaged / "config.json").write_text(config.replace('"num_hidden_layers": 5', '"num_hidden_layers": 4'))
     with pytest.raises(FormatError, match=r"model\.layers\.4\."):
-        endor.load(damaged)
+        load(damaged)
 
 
 def test_a_tensor_of_another_shape_is_named(damaged: Path) -> None:
@@ -257,7 +262,7 @@ def test_a_tensor_of_another_shape_is_named(damaged: Path) -> None:
         config.replace('"intermediate_size": 104', '"intermediate_size": 96')
     )
     with pytest.raises(FormatError, match=r"gate_proj.weight: the model expects shape \[96, 64\]"):
-        endor.load(damaged)
+        load(damaged)
 
 
 @pytest.mark.parametrize(
@@ -274,31 +279,31 @@ def test_an_unknown_model_is_refused(damaged: Path, change: tuple[str, str], mes
     assert change[0] in config
     (damaged / "config.json").write_text(config.replace(*change))
     with pytest.raises(LoadError, match=message):
-        endor.load(damaged)
+        load(damaged)
 
 
 def test_a_budget_below_one_block_says_how_much_is_needed(checkpoint: Path) -> None:
     with pytest.raises(PlanError, match=r"budget of 100 bytes holds no block.*needs \d+ bytes"):
-        endor.load(checkpoint, host_memory=100)
+        load(checkpoint, host_memory=100)
 
 
 @pytest.mark.parametrize("option", [{"device": "tpu"}, {"reader": "fax"}, {"depth": -1}], ids=str)
 def test_unknown_options_are_refused(checkpoint: Path, option: dict[str, Any]) -> None:
     with pytest.raises(PlanError):
-        endor.load(checkpoint, **option)
+        load(checkpoint, **option)
 
 
 def test_a_config_without_dtype_means_the_stored_one(damaged: Path) -> None:
     config = (damaged / "config.json").read_text()
     (damaged / "config.json").write_text(config.replace('"dtype": "bfloat16", ', ""))
     assert '"dtype"' not in (damaged / "config.json").read_text()
-    assert endor.load(damaged, host_memory=0).dtype == torch.bfloat16
+    assert load(damaged, host_memory=0).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("host_memory", [0, None], ids=["disk", "host"])
 def test_threads_that_share_a_model_take_turns(models: tuple[Path, Any], host_memory: int | None) -> None:
     directory, dense = models
-    model = endor.load(directory, host_memory=host_memory, depth=1)
+    model = load(directory, host_memory=host_memory, depth=1)
     prompts = [(IDS + shift) % 300 for shift in range(3)]
     with torch.inference_mode():
         expected = [dense(ids).logits for ids in prompts]
@@ -324,7 +329,7 @@ def test_threads_that_share_a_model_take_turns(models: tuple[Path, Any], host_me
 
 def test_an_interrupted_thread_that_has_ended_does_not_keep_its_turn(models: tuple[Path, Any]) -> None:
     directory, dense = models
-    model = endor.load(directory, host_memory=0)
+    model = load(directory, host_memory=0)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -343,7 +348,7 @@ def test_an_interrupted_thread_that_has_ended_does_not_keep_its_turn(models: tup
 
 def test_saving_is_refused_before_anything_is_written(checkpoint: Path, tmp_path: Path) -> None:
     before = (checkpoint / "config.json").read_bytes()
-    model = endor.load(checkpoint, host_memory=0)
+    model = load(checkpoint, host_memory=0)
     for target in (checkpoint, tmp_path / "new"):
         with pytest.raises(PlanError, match="cannot be saved"):
             model.save_pretrained(target)
@@ -352,7 +357,7 @@ def test_saving_is_refused_before_anything_is_written(checkpoint: Path, tmp_path
 
 
 def test_copying_and_pickling_are_refused_in_words(checkpoint: Path) -> None:
-    model = endor.load(checkpoint, host_memory=0)
+    model = load(checkpoint, host_memory=0)
     with pytest.raises(PlanError, match="cannot be copied"):
         copy.deepcopy(model)
     with pytest.raises(PlanError, match="cannot be pickled"):
@@ -361,19 +366,19 @@ def test_copying_and_pickling_are_refused_in_words(checkpoint: Path) -> None:
 
 def test_a_model_that_changes_its_dtype_goes_on(models: tuple[Path, Any]) -> None:
     directory, dense = models
-    model = endor.load(directory, host_memory=None).float()
+    model = load(directory, host_memory=None).float()
     wide = copy.deepcopy(dense).float()
     assert torch.equal(logits(model), logits(wide))
 
 
 def test_a_depth_beyond_the_blocks_costs_no_more_memory(checkpoint: Path) -> None:
-    rings = [runtime_of(endor.load(checkpoint, host_memory=0, depth=depth)).ring_bytes for depth in (6, 500)]
+    rings = [runtime_of(load(checkpoint, host_memory=0, depth=depth)).ring_bytes for depth in (6, 500)]
     assert rings[0] == rings[1]
 
 
 def test_a_compiled_model_gives_the_same_logits(models: tuple[Path, Any]) -> None:
     directory, dense = models
-    model = endor.load(directory, host_memory=0)
+    model = load(directory, host_memory=0)
     compiled = torch.compile(model, backend="eager")
     assert torch.equal(logits(compiled), logits(dense))
 
@@ -392,11 +397,11 @@ def test_arguments_of_the_wrong_kind_are_refused_in_words(
     checkpoint: Path, option: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(PlanError, match=message):
-        endor.load(checkpoint, **option)
+        load(checkpoint, **option)
 
 
 def test_names_of_dtypes_and_devices_are_understood(checkpoint: Path) -> None:
-    model = endor.load(checkpoint, host_memory=0, dtype="float32", device=torch.device("cpu"))
+    model = load(checkpoint, host_memory=0, dtype="float32", device=torch.device("cpu"))
     assert model.dtype == torch.float32
 
 
@@ -406,4 +411,4 @@ def test_a_config_value_of_the_wrong_type_is_refused_in_words(damaged: Path) -> 
         config.replace('"num_hidden_layers": 5', '"num_hidden_layers": "five"')
     )
     with pytest.raises(LoadError, match="transformers cannot read it"):
-        endor.load(damaged)
+        load(damaged)
