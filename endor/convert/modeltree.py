@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from endor.errors import ConvertError
+from endor.models import is_linear, read_model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,12 +91,12 @@ class ModelTree:
         return frozenset(weight.name for weight in found if not weight.fused)
 
 
-def build_model_tree(directory: Path, config: Mapping[str, Any]) -> ModelTree:
-    """Build the model that `config`, the contents of config.json in `directory`, describes.
+def build_model_tree(directory: Path) -> ModelTree:
+    """Build the model that config.json in `directory` describes.
 
     Raises ConvertError if transformers does not know it.
     """
-    cls, parsed = _model_class(directory, config)
+    cls, parsed = read_model_class(directory, error=ConvertError)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = cls(parsed).eval()
@@ -121,45 +122,6 @@ def runnable_copy(tree: ModelTree, *, dtype: torch.dtype) -> PreTrainedModel:
         model: PreTrainedModel = type(tree.model)._from_config(tree.model.config, dtype=dtype)
     model.eval().requires_grad_(False)
     return model
-
-
-def _model_class(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The model's class and its config as transformers reads it."""
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
-    architectures = config.get("architectures") or []
-    try:
-        parsed = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConvertError(
-            f"{directory}: transformers {transformers.__version__} cannot read this model's config "
-            f"({reason}). model_type is {config.get('model_type')!r}, architectures {architectures}: a newer "
-            "transformers may know it"
-        ) from error
-    return _find_class(directory, parsed, architectures), parsed
-
-
-def _find_class(directory: Path, config: Any, architectures: list[str]) -> Any:
-    import transformers
-
-    if architectures:
-        cls: Any = getattr(transformers, str(architectures[0]), None)
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            return cls
-        raise ConvertError(
-            f"{directory}: unknown model class {architectures[0]!r}; transformers {transformers.__version__} "
-            "has no such model. A newer transformers may have it; models that bring their own code are not "
-            "supported"
-        )
-    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
-        if type(config) in mapping:
-            cls = mapping[type(config)]
-            return cls[0] if isinstance(cls, tuple) else cls
-    raise ConvertError(
-        f"{directory}: config.json names no architectures, and none is known for {type(config).__name__}"
-    )
 
 
 def _resolve_ties(tied: Mapping[str, str], shapes: Mapping[str, Any]) -> dict[str, str]:
@@ -190,20 +152,14 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 def _is_block_list(modules: nn.ModuleList) -> bool:
     classes = {type(module) for module in modules}
-    return len(classes) == 1 and all(any(_is_linear(m) for m in e.modules() if m is not e) for e in modules)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, Conv1D))
+    return len(classes) == 1 and all(any(is_linear(m) for m in e.modules() if m is not e) for e in modules)
 
 
 def _linear_weights(model: nn.Module, block: TreeBlock) -> Iterator[LinearWeight]:
     for name in block.tensors:
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
-        if attribute == "weight" and _is_linear(module):
+        if attribute == "weight" and is_linear(module):
             yield LinearWeight(name, path, input_dim=1 if isinstance(module, nn.Linear) else 0)
         elif isinstance(parameter := getattr(module, attribute), nn.Parameter) and parameter.dim() == 3:
             yield LinearWeight(name, path, input_dim=2, fused=True)

@@ -195,7 +195,7 @@ class _Conversion:
         self._progress = progress
         self._started = started
         self._progress(Progress("reading the model", 0, checkpoint.total_bytes))
-        tree = build_model_tree(checkpoint.directory, checkpoint.config)
+        tree = build_model_tree(checkpoint.directory)
         self._plan = plan_conversion(tree, plan_recipes(tree, checkpoint.tensors, checkpoint.read), options)
         self._calibration_digest = ""
         self._blocks = self._block_source()

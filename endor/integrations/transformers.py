@@ -161,9 +161,12 @@ class EndorQuantizer(HfQuantizer):
         return nn.Parameter(weight, requires_grad=False)
 
     def _stays_packed(self, model: nn.Module, name: str) -> bool:
-        """Whether a Linear has the weight: any other module would decode all of it for each use."""
+        """Whether a Linear or Conv1D has the weight, as where endor.load streams one: any other module would
+        decode all of it for each use."""
+        from endor.models import is_linear
+
         parent, _, leaf = name.rpartition(".")
-        linear = leaf == "weight" and isinstance(model.get_submodule(parent), nn.Linear)
+        linear = leaf == "weight" and is_linear(model.get_submodule(parent))
         return linear and not self.quantization_config.dequantize
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from endor.checkpoint import Checkpoint
 from endor.formats.header import TensorEntry
 from endor.formats.reader import BlockRange
 from endor.kernels.tensor import BitmapTensor
+from endor.models import is_linear
 from endor.runtime.skeleton import find_module, install
 from endor.runtime.sliced import SlicedWeight
 from endor.runtime.streaming import WeightBlock
@@ -96,7 +96,7 @@ def _is_streamable(model: nn.Module, entry: TensorEntry, home: BlockRange) -> bo
     if entry.aliases or not entry.name.startswith(home.block.name + "."):
         return False
     parent, _, leaf = entry.name.rpartition(".")
-    return leaf == "weight" and isinstance(find_module(model, parent), (nn.Linear, Conv1D))
+    return leaf == "weight" and is_linear(find_module(model, parent))
 
 
 def _is_experts(owner: nn.Module, entry: TensorEntry) -> bool:

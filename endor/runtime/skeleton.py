@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from endor.errors import FormatError, LoadError
+from endor.models import read_model_class
 
 __all__ = ["build_skeleton", "check_complete", "find_module", "install"]
 
@@ -29,15 +28,9 @@ def build_skeleton(
     Raises:
         LoadError: transformers cannot read the config, or does not know the model.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory)
-    except (StrictDataclassError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(
-            f"{directory / 'config.json'}: transformers cannot read it: {_first_line(error)}"
-        ) from error
+    model_class, config = read_model_class(directory, error=LoadError)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model_class = _model_class(config, directory)
     with init_empty_weights(include_buffers=False):
         model = model_class._from_config(config, dtype=dtype or config.dtype or stored)
     if (directory / "generation_config.json").exists() and hasattr(model, "generation_config"):
@@ -46,25 +39,6 @@ def build_skeleton(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model  # type: ignore[no-any-return]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
-
-
-def _model_class(config: Any, directory: Path) -> Any:
-    names = config.architectures or []
-    if not names:
-        raise LoadError(
-            f"{directory / 'config.json'}: `architectures` names no model class; add the one it has"
-        )
-    model_class = getattr(transformers, names[0], None)
-    if model_class is None:
-        raise LoadError(
-            f"{directory / 'config.json'}: transformers {transformers.__version__} has no model class "
-            f"{names[0]!r}; upgrade transformers, or check `architectures`"
-        )
-    return model_class
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module | None:

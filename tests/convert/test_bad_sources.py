@@ -121,7 +121,7 @@ def test_unknown_model_class(good: Path, tmp_path: Path) -> None:
 def test_unknown_model_type(good: Path, tmp_path: Path) -> None:
     source = copy_of(good, tmp_path / "source")
     edit_config(source, model_type="frobnicator")
-    refused(source, tmp_path / "out", "cannot read this model's config.*'frobnicator'")
+    refused(source, tmp_path / "out", "cannot read this model's config.*frobnicator")
 
 
 def test_config_that_no_model_can_be_built_from(good: Path, tmp_path: Path) -> None:

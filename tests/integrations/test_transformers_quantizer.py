@@ -27,6 +27,7 @@ from endor.kernels import encode, matmul
 from endor.kernels.tensor import BitmapTensor
 from tests.support.bits import assert_bitwise_equal
 from tests.support.models import dense_reference, linear_names, tiny_llama, write_endor_checkpoint
+from tests.support.sources import VOCABULARY, save_source
 
 IDS = torch.tensor([[5, 17, 200, 3, 99, 42, 7]])
 
@@ -69,9 +70,9 @@ def log() -> Iterator[list[str]]:
         each.removeHandler(handler)
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.inference_mode():
-        result = model(IDS).logits
+        result = model(ids).logits
     assert isinstance(result, torch.Tensor)
     return result
 
@@ -155,15 +156,21 @@ def test_products_are_straight_from_packed_weights_unless_told_otherwise(
     assert len(taken) == 35  # the weights of five layers; the head is plain
     torch.testing.assert_close(found, dense)
     taken.clear()
-    exact = EndorConfig(matmul="decode")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", quantization_config=exact)
+    with pytest.warns(UserWarning, match="matmul"):  # transformers says that the config overrides
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "copy", quantization_config=EndorConfig(matmul="decode")
+        )
     assert_bitwise_equal(logits(model), dense)
     assert taken == []
 
 
 def test_an_unknown_matmul_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(PlanError, match="matmul must be one of auto, decode, found 'quick'"):
-        AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=EndorConfig(matmul="quick"))
+    quick = EndorConfig(matmul="quick")
+    with (
+        pytest.warns(UserWarning, match="matmul"),
+        pytest.raises(PlanError, match="matmul must be one of auto, decode, found 'quick'"),
+    ):
+        AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=quick)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -209,6 +216,13 @@ def test_float32_weights_that_a_model_insists_on_are_decoded_to_float32(tmp_path
         with torch.inference_mode():
             results.append(model(**inputs).logits)
     assert_bitwise_equal(*results)
+
+
+def test_conv1d_weights_stay_packed_as_those_of_linear_do(tmp_path: Path) -> None:
+    endor.convert(save_source("gpt2", tmp_path / "source"), tmp_path / "out", method="magnitude")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert isinstance(model.transformer.h[0].mlp.c_fc.weight, BitmapTensor)
+    assert_bitwise_equal(logits(model, IDS % VOCABULARY), logits(model.dequantize(), IDS % VOCABULARY))
 
 
 def test_a_packed_weight_that_is_tied_is_decoded_once(tmp_path: Path) -> None:

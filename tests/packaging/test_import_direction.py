@@ -15,12 +15,27 @@ ALLOWED: dict[str, frozenset[str]] = {
     "endor.loaders": frozenset({"endor.errors", "endor.formats"}),
     "endor.kernels": frozenset({"endor.errors", "endor.formats"}),
     "endor.pruning": frozenset({"endor.errors"}),
+    "endor.models": frozenset({"endor.errors"}),
     "endor.checkpoint": frozenset({"endor.errors", "endor.formats", "endor.kernels"}),
     "endor.convert": frozenset(
-        {"endor.errors", "endor.formats", "endor.kernels", "endor.pruning", "endor.checkpoint"}
+        {
+            "endor.errors",
+            "endor.formats",
+            "endor.kernels",
+            "endor.pruning",
+            "endor.checkpoint",
+            "endor.models",
+        }
     ),
     "endor.runtime": frozenset(
-        {"endor.errors", "endor.formats", "endor.kernels", "endor.loaders", "endor.checkpoint"}
+        {
+            "endor.errors",
+            "endor.formats",
+            "endor.kernels",
+            "endor.loaders",
+            "endor.checkpoint",
+            "endor.models",
+        }
     ),
     "endor.integrations": frozenset(
         {
@@ -29,6 +44,7 @@ ALLOWED: dict[str, frozenset[str]] = {
             "endor.kernels",
             "endor.loaders",
             "endor.checkpoint",
+            "endor.models",
             "endor.runtime",
         }
     ),
