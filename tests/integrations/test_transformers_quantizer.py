@@ -220,7 +220,7 @@ def test_float32_weights_that_a_model_insists_on_are_decoded_to_float32(tmp_path
 
 def test_conv1d_weights_stay_packed_as_those_of_linear_do(tmp_path: Path) -> None:
     endor.convert(save_source("gpt2", tmp_path / "source"), tmp_path / "out", method="magnitude")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(model.transformer.h[0].mlp.c_fc.weight, BitmapTensor)
     assert_bitwise_equal(logits(model, IDS % VOCABULARY), logits(model.dequantize(), IDS % VOCABULARY))
 

@@ -111,7 +111,7 @@ def test_experts_are_used_one_by_one_and_bit_for_bit(
 ) -> None:
     torch.manual_seed(0)
     directory, dense = converted(family(), tmp_path)
-    model = endor.load(directory, host_memory=host_memory)
+    model = endor.load(directory, host_memory=host_memory, matmul="decode")
     stacks = [p for p in model.parameters() if p.dim() == 3]
     assert stacks
     assert all(isinstance(p, SlicedWeight) for p in stacks)
@@ -123,13 +123,13 @@ def test_experts_are_used_one_by_one_and_bit_for_bit(
 def test_experts_of_every_codec_equal_the_dense_ones(values: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     directory, dense = converted(mixtral(), tmp_path, values=values)
-    assert torch.equal(logits(endor.load(directory, host_memory=0)), logits(dense))
+    assert torch.equal(logits(endor.load(directory, host_memory=0, matmul="decode")), logits(dense))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 5])
 def test_depth_does_not_change_tokens(moe: tuple[Path, Any], depth: int) -> None:
     directory, dense = moe
-    model = endor.load(directory, host_memory=0, depth=depth)
+    model = endor.load(directory, host_memory=0, matmul="decode", depth=depth)
     expected = dense.generate(IDS, max_new_tokens=6, do_sample=False)
     assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
 
@@ -207,7 +207,7 @@ def test_a_large_head_goes_tile_by_tile(tied: bool, tmp_path: Path) -> None:
     config = transformers.LlamaConfig(**{**SMALL, "vocab_size": 5000, "tie_word_embeddings": tied})
     config.intermediate_size = 96
     directory, dense = converted(transformers.LlamaForCausalLM(config), tmp_path)
-    model = endor.load(directory, host_memory=0)
+    model = endor.load(directory, host_memory=0, matmul="decode")
     runtime = runtime_of(model)
     assert isinstance(model.lm_head.weight, SlicedWeight)
     assert not model.lm_head.weight.is_attached
@@ -239,7 +239,7 @@ def test_after_close_a_sliced_weight_says_so(moe: tuple[Path, Any]) -> None:
 
 
 def test_experts_ask_again_after_an_error(moe: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = endor.load(moe[0], host_memory=0)
+    model = endor.load(moe[0], host_memory=0, matmul="decode")
     runtime = runtime_of(model)
     submit, fail = runtime.reader.submit, {"on": True}
 
@@ -257,5 +257,5 @@ def test_experts_ask_again_after_an_error(moe: tuple[Path, Any], monkeypatch: py
 
 def test_dense_reference_is_what_transformers_loads(tmp_path: Path) -> None:
     source = tiny_llama(layers=1, tied=True)
-    model = endor.load(write_endor_checkpoint(source, tmp_path / "endor"), host_memory=0)
+    model = endor.load(write_endor_checkpoint(source, tmp_path / "endor"), host_memory=0, matmul="decode")
     assert torch.equal(logits(model), logits(dense_reference(source, tmp_path / "dense")))
