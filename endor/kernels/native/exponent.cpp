@@ -111,7 +111,7 @@ void expand_block(const DecodeJob& job, const Block& block, Values values) {
             job.kernels->decode[1](bitmap, reinterpret_cast<const uint8_t*>(tile),
                                    reinterpret_cast<const uint8_t*>(tile + kTileValues + 2 * kVector),
                                    block.out + (row * cols + col) * 2, rows, width, job.streaming);
-            kept_over = needed > kept_over ? whole_vectors(needed - kept_over) - (needed - kept_over) : kept_over - needed;
+            kept_over += (needed > kept_over ? whole_vectors(needed - kept_over) : 0) - needed;
             std::memmove(tile, tile + needed, kVector * sizeof(uint16_t));
         }
     }
@@ -160,7 +160,10 @@ int64_t open_record(const ExponentDecodeJob& job, int64_t block, int64_t start, 
     if (last) cursor.sign_mantissa = with_slack(job.sign_mantissa, start, stop, job.mask.nnz, copies);
     if (job.float16) {
         cursor.low = job.mantissa_low + low_first;
-        if (last) cursor.low = with_slack(job.mantissa_low, low_first, low_last, low_all, copies + (stop - start) + kSlackBytes);
+        if (last) {
+            uint8_t* const copy = copies + (stop - start) + kSlackBytes;
+            cursor.low = with_slack(job.mantissa_low, low_first, low_last, low_all, copy);
+        }
         cursor.low_shift = static_cast<int>(start * 3 % 8);
     }
     return -1;

@@ -22,7 +22,9 @@ struct ExponentIsa {
     template <int kPlanes>
     ENDOR_TARGET static inline Table load_table(const uint8_t* named) {
         Table loaded;
-        for (int i = 0; i < (kPlanes == 2 ? 3 : 1); ++i) loaded.named[i] = _mm512_set1_epi8(static_cast<char>(named[i]));
+        for (int i = 0; i < (kPlanes == 2 ? 3 : 1); ++i) {
+            loaded.named[i] = _mm512_set1_epi8(static_cast<char>(named[i]));
+        }
         return loaded;
     }
 

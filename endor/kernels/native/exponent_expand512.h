@@ -68,7 +68,8 @@ constexpr Threes kThrees = make_threes();
 ENDOR_TARGET inline __m512i low_bits512(const uint8_t* low, int shift) {
     const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
     const __m512i spread = _mm512_maskz_permutexvar_epi8(~__mmask64{0}, _mm512_load_si512(kThrees.lanes), bytes);
-    const __m512i shifts = _mm512_add_epi8(_mm512_set1_epi64(0x15120F0C09060300), _mm512_set1_epi8(static_cast<char>(shift)));
+    const __m512i shifts =
+        _mm512_add_epi8(_mm512_set1_epi64(0x15120F0C09060300), _mm512_set1_epi8(static_cast<char>(shift)));
     return _mm512_maskz_multishift_epi64_epi8(~__mmask64{0}, shifts, spread);
 }
 
@@ -96,7 +97,8 @@ ENDOR_TARGET inline __m512i select512(int mask, __m512i a, __m512i b) {
 template <bool kFloat16>
 ENDOR_TARGET inline Bytes512 join512(__m512i exponents, __m512i heads, __m512i low) {
     if constexpr (kFloat16) {
-        const __m512i high = _mm512_ternarylogic_epi32(exponents, _mm512_srli_epi16(heads, 5), _mm512_set1_epi8(3), 0xF8);
+        const __m512i mantissa = _mm512_srli_epi16(heads, 5);
+        const __m512i high = _mm512_ternarylogic_epi32(exponents, mantissa, _mm512_set1_epi8(3), 0xF8);
         return {select512(0xF8, _mm512_slli_epi16(heads, 3), low), select512(0x80, heads, high)};
     } else {
         return {select512(0x80, exponents, heads), select512(0x80, heads, exponents)};

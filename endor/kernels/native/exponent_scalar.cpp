@@ -57,9 +57,11 @@ struct ExponentIsa {
     static void store(const Vector& exponents, uint8_t* out) { std::memcpy(out, exponents.lanes, 64); }
 
     template <bool kFloat16, bool kStream>
-    static void join(const Vector& exponents, const uint8_t* sign_mantissa, const uint8_t* low, int shift, uint16_t* out) {
+    static void join(const Vector& exponents, const uint8_t* sign_mantissa, const uint8_t* low, int shift,
+                     uint16_t* out) {
         for (int i = 0; i < 64; ++i) {
-            const int exponent = exponents.lanes[i], head = sign_mantissa[i], sign = (head & 0x80) << 8, mantissa = head & 0x7F;
+            const int exponent = exponents.lanes[i], head = sign_mantissa[i];
+            const int sign = (head & 0x80) << 8, mantissa = head & 0x7F;
             if constexpr (kFloat16) {
                 const int bit = 3 * i + shift;
                 const int bits = (low[bit / 8] | low[bit / 8 + 1] << 8) >> bit % 8 & 7;
