@@ -14,8 +14,8 @@ from endor.formats.layout import Geometry
 __all__ = ["choose_levels", "other_bytes", "record_bytes", "tables_of"]
 
 _TOLERANCE = 64
-"""One level fewer, which decodes 1 to 3 % faster, may cost up to 1 / 64 of the entry. What is written is golden,
-so this stays (docs/design/exponent-codec.md)."""
+"""One level fewer, which decodes 1 to 3 % faster, may cost up to 1 / 64 of the entry. What is written
+is golden, so this stays (docs/design/exponent-codec.md)."""
 
 
 def choose_levels(histograms: Tensor, others: int) -> Levels:
