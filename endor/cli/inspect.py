@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "inspect"]
 
-_TABLE_WIDTH = 120
+_WIDEST = 10_000
 _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -133,7 +133,7 @@ def _print_table(entries: Sequence[TensorEntry], *, grouped: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column("tensor", overflow="fold")
+    table.add_column("tensor", no_wrap=True)
     for heading in ("count", "shape", "dtype", "stored as", "zeros", "bits/weight", "size"):
         table.add_column(heading, justify="left" if heading == "stored as" else "right", no_wrap=True)
     for (name, *_), members in _group(entries, grouped=grouped).items():
@@ -211,9 +211,11 @@ def _count(n: int, what: str) -> str:
 
 def _print(table: Any) -> None:
     from rich.console import Console
+    from rich.measure import Measurement
 
     console = Console(markup=False, highlight=False, emoji=False)  # a name may look like markup
-    console.width = max(console.width, _TABLE_WIDTH)
+    console.width = _WIDEST  # a name that is broken in two can be neither read nor copied
+    console.width = max(1, Measurement.get(console, console.options, table).maximum)
     console.print(table)
 
 

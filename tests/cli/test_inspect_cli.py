@@ -136,6 +136,16 @@ def test_names_that_look_like_markup_are_shown_as_they_are(run_command: Run, tmp
     assert "[bold]x[/bold]:smile:" in run_command("endor", "inspect", tmp_path).stdout
 
 
+def test_a_long_name_is_not_broken(run_command: Run, tmp_path: Path) -> None:
+    name = (
+        "model.language_model.layers.0.block_sparse_moe.experts.gate_up_proj.parametrizations." * 3 + "weight"
+    )
+    write_checkpoint(tmp_path, [{"b": {name: torch.ones(3)}}])
+    for arguments in ([], [name]):
+        lines = run_command("endor", "inspect", tmp_path, *arguments).stdout.splitlines()
+        assert any(line.startswith(f"{name} ") for line in lines)
+
+
 def test_quiet_leaves_the_totals(run_command: Run, model: Path) -> None:
     lines = run_command("endor", "inspect", model, "--quiet").stdout.split("\n")
     assert lines[1].startswith("3 tensors in 2 blocks")

@@ -18,7 +18,9 @@ from click.testing import CliRunner
 import endor
 from endor.cli.options import SIZE, format_size
 from endor.cli.run import command
+from endor.kernels.matmul import instruction_sets
 from tests.cli.conftest import Run
+from tests.support.sources import save_source
 
 PROMPT = "def read_file(path):"
 JSON_KEYS = {
@@ -84,8 +86,41 @@ def test_the_tokens_are_those_of_the_decoded_dense_model(
             "run-offloaded",
             demo_checkpoint,
             *("--prompt-file", prompt, "--max-new-tokens", "12", "--host-memory", host_memory, "--json"),
+            *("--matmul", "decode"),
         )
         assert json.loads(done.stdout)["token_ids"] == expected
+
+
+@pytest.mark.parametrize("matmul", ["auto", "decode"])
+def test_matmul_is_chosen_and_named(run_command: Run, demo_checkpoint: Path, matmul: str) -> None:
+    arguments = ("--prompt", PROMPT, "--max-new-tokens", "2", "--matmul", matmul, "--json")
+    done = run_command("run-offloaded", demo_checkpoint, *arguments)
+    assert done.returncode == 0, done.stderr
+    straight = matmul == "auto" and bool(instruction_sets())
+    assert ("(matmul: " in json.loads(done.stdout)["kernel"]) is straight
+
+
+def test_an_encoder_decoder_makes_what_its_decoder_makes(run_command: Run, tmp_path: Path) -> None:
+    source = save_source("t5", tmp_path / "source")
+    endor.convert(source, tmp_path / "out", method="none")
+    arguments = ("--prompt", "hello", "--max-new-tokens", "4", "--host-memory", "0", "--json")
+    done = run_command("run-offloaded", tmp_path / "out", *arguments)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    dense: Any = transformers.AutoModelForSeq2SeqLM.from_pretrained(source)
+    ids = transformers.AutoTokenizer.from_pretrained(source)("hello", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        expected = dense.generate(ids, max_new_tokens=4, do_sample=False)[0, 1:].tolist()
+    assert result["prompt_tokens"] == ids.shape[1]
+    assert result["token_ids"] == expected
+    assert 0 < result["first_token_seconds"] <= result["seconds"]
+
+
+def test_a_model_that_makes_no_text_is_refused_with_the_way_out(run_command: Run, tmp_path: Path) -> None:
+    endor.convert(save_source("bert", tmp_path / "source"), tmp_path / "out", method="none")
+    done = run_command("run-offloaded", tmp_path / "out", "--prompt", "hello")
+    assert done.returncode == 1
+    assert "a BertModel makes no text; use endor.load from Python" in done.stderr
 
 
 def test_the_prompt_comes_from_stdin_and_quiet_is_quiet(run_process: Run, demo_checkpoint: Path) -> None:
