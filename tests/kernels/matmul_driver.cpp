@@ -41,7 +41,7 @@ uint16_t narrowed(float value) {
     return static_cast<uint16_t>(bits >> 16);
 }
 
-constexpr int kSources = 5;  // raw, int8, int4, and int8 and int4 decoded first
+constexpr int kSources = 6;  // raw, int8, int4, int8 and int4 decoded first, exponent
 
 // A weight of small integers in one of the codecs. Scales are powers of two, so that sums of products are exact.
 struct Case {
@@ -56,7 +56,36 @@ struct Case {
     std::vector<uint8_t> codes;
     std::vector<int8_t> codebook;
     std::vector<uint16_t> scales;
+    Levels levels{0, 1};
+    std::vector<int32_t> record_offsets;
+    std::vector<uint8_t> records;
     int64_t nnz = 0;
+
+    // Records of the values so far that have none yet: levels that name exponents at random, some not at all.
+    void end_block(int64_t first) {
+        std::vector<uint16_t> left(raw.begin() + first, raw.end());
+        const size_t table = records.size();
+        for (int i = 0; i < levels.table_bytes(); ++i) records.push_back(static_cast<uint8_t>(126 + below(6)));
+        size_t named = table;
+        for (int level = 0; level < levels.count(); ++level) {
+            const int planes = levels.width(level), codes = (1 << planes) - 1;
+            const size_t stride = (left.size() + 7) / 8, at = records.size();
+            records.resize(at + planes * stride);
+            std::vector<uint16_t> passed_on;
+            for (size_t i = 0; i < left.size(); ++i) {
+                int code = 0;
+                while (code < codes && records[named + code] != (left[i] >> 7 & 0xFF)) ++code;
+                if (code == codes) passed_on.push_back(left[i]);
+                for (int plane = 0; plane < planes; ++plane) {
+                    records[at + plane * stride + i / 8] |= static_cast<uint8_t>((code >> plane & 1) << i % 8);
+                }
+            }
+            left = passed_on;
+            named += codes;
+        }
+        for (const uint16_t value : left) records.push_back(static_cast<uint8_t>(value >> 7));
+        record_offsets.push_back(static_cast<int32_t>(records.size()));
+    }
 
     bool int4() const { return source == 2 || source == 4; }
     int64_t groups() const { return (shape.words_per_row() + group_words - 1) / group_words; }
@@ -65,7 +94,7 @@ struct Case {
     float keep(int64_t row, int64_t col) {
         const float scale = static_cast<float>(1 << below_scale(row, col));
         const int64_t nibble = nnz++ % 2;
-        if (source == 0) {
+        if (source == 0 || source == 5) {
             const float value = static_cast<float>(below(9) + 1);
             raw.push_back(narrowed(value));
             return value;
@@ -97,6 +126,9 @@ Case random_case() {
     const int64_t words = c.shape.words_per_row(), density = c.mask_is_dense ? 100 : below(5) * 25;
     c.bitmap.assign(c.shape.rows * words, 0);
     c.offsets.push_back(0);
+    c.record_offsets.push_back(0);
+    c.levels = {static_cast<int>(below(3)), static_cast<int>(below(3))};
+    if (c.levels.count() == 0) c.levels.singles = 1;
     for (int64_t row = 0; row < c.shape.rows; ++row) {
         const bool empty = !c.mask_is_dense && below(6) == 0;
         for (int64_t col = 0; col < c.shape.cols; ++col) {
@@ -105,6 +137,7 @@ Case random_case() {
             if (kept) c.bitmap[row * words + col / 64] |= uint64_t{1} << col % 64;
         }
         if ((row + 1) % c.shape.row_block == 0 || row + 1 == c.shape.rows) {
+            if (c.source == 5) c.end_block(c.offsets.back());
             c.offsets.push_back(static_cast<int32_t>(c.nnz));
         }
     }
@@ -112,6 +145,17 @@ Case random_case() {
 }
 
 bool tell_a_lie(Case& c) {
+    if (c.source == 5 && !c.records.empty() && below(2)) {
+        const int64_t wrong[] = {-1, 0, INT32_MAX, below(static_cast<int64_t>(c.records.size()))};
+        for (int64_t change = below(3); change >= 0; --change) {
+            if (below(2)) {
+                c.records[below(static_cast<int64_t>(c.records.size()))] ^= static_cast<uint8_t>(1u << below(8));
+            } else {
+                c.record_offsets[below(static_cast<int64_t>(c.record_offsets.size()))] = static_cast<int32_t>(wrong[below(4)]);
+            }
+        }
+        return true;
+    }
     if (c.mask_is_dense) return false;
     switch (below(4)) {
         case 0: c.offsets[below(static_cast<int64_t>(c.offsets.size()))] ^= static_cast<int32_t>(1u << below(32)); return true;
@@ -122,8 +166,8 @@ bool tell_a_lie(Case& c) {
         case 2:
             if (!c.nnz) return false;
             c.nnz = below(c.nnz);
-            c.raw.resize(c.source == 0 ? c.nnz : 0);
-            c.codes.resize(c.source == 0 ? 0 : c.int4() ? (c.nnz + 1) / 2 : c.nnz);
+            c.raw.resize(c.source == 0 || c.source == 5 ? c.nnz : 0);
+            c.codes.resize(c.source == 0 || c.source == 5 ? 0 : c.int4() ? (c.nnz + 1) / 2 : c.nnz);
             return true;
         default: return false;
     }
@@ -133,6 +177,7 @@ struct Isa {
     const MatmulKernels* (*matmul)(bool);
     const Kernels* bits;
     const QuantizedKernels* quantized;
+    const ExponentKernels* exponent;
 };
 
 // Half of the odd cases take x in single precision, a third has a bias, nobody aligns anything.
@@ -146,13 +191,18 @@ bool run(const Isa& isa, const Case& c, bool fp32, bool honest) {
     for (const float x : x_wide) x_narrow.push_back(narrowed(x));
     const Block<float> x4(x_wide), bias(bias_values);
     const Block<uint16_t> x2(x_narrow), raw(c.raw), scales(c.scales);
-    const Block<uint8_t> codes(c.codes);
+    std::vector<uint8_t> head_bytes, record_bytes = c.records;
+    for (const uint16_t value : c.raw) head_bytes.push_back(static_cast<uint8_t>((value >> 8 & 0x80) | (value & 0x7F)));
+    record_bytes.resize(record_bytes.size() + kSlackBytes);
+    const Block<uint8_t> codes(c.codes), heads(head_bytes), records(record_bytes);
+    const Block<int32_t> record_offsets(c.record_offsets);
     const Block<int8_t> codebook(c.codebook);
     const Block<uint64_t> bitmap(c.bitmap);
     const Block<int32_t> offsets(c.offsets);
     const Block<uint8_t> scratch(matmul_scratch_bytes(x_rows, c.shape.cols));
     const Block<uint8_t> y(y_size * (fp32 ? 4 : 2));
     QuantizedDecodeJob quantized{};
+    ExponentDecodeJob exponent{};
     MatmulJob job{};
     job.kernels = isa.matmul(fp32);
     job.mask.kernels = isa.bits;
@@ -165,6 +215,13 @@ bool run(const Isa& isa, const Case& c, bool fp32, bool honest) {
         job.source = kRawValues;
         job.values.data = reinterpret_cast<const uint8_t*>(raw.data);
         job.values.end = reinterpret_cast<const uint8_t*>(raw.data + c.nnz);
+    } else if (c.source == 5) {
+        exponent = {job.mask, isa.exponent, c.levels, false, record_offsets.data, false, records.data,
+                    static_cast<int64_t>(c.records.size()), heads.data, nullptr};
+        job.source = kRecords;
+        job.exponent = &exponent;
+        job.decoder = decode_exponent_block;
+        job.decoder_context = &exponent;
     } else {
         quantized = {job.mask, isa.quantized, c.int4(), kBfloat16, codes.data, codebook.data, scales.data,
                      c.group_words * kWordBits};
@@ -207,10 +264,10 @@ bool run(const Isa& isa, const Case& c, bool fp32, bool honest) {
 int main(int count, char** arguments) {
     const int trials = count > 1 ? std::atoi(arguments[1]) : 100;
     const QuantizedKernels* const fast = avx512_quantized_kernels();
-    const Isa isas[] = {{avx512bf16_matmul, avx512_kernels(), fast},
-                        {avx512_matmul, avx512_kernels(), fast},
-                        {avx2_matmul, avx2_kernels(), avx2_quantized_kernels()},
-                        {scalar_matmul, scalar_kernels(), scalar_quantized_kernels()}};
+    const Isa isas[] = {{avx512bf16_matmul, avx512_kernels(), fast, avx512_exponent_kernels()},
+                        {avx512_matmul, avx512_kernels(), fast, avx512_exponent_kernels()},
+                        {avx2_matmul, avx2_kernels(), avx2_quantized_kernels(), avx2_exponent_kernels()},
+                        {scalar_matmul, scalar_kernels(), scalar_quantized_kernels(), scalar_exponent_kernels()}};
     for (const Isa& isa : isas) {
         if (!isa.matmul(false)) continue;
         for (int trial = 0; trial < trials; ++trial) {

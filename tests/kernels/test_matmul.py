@@ -248,7 +248,7 @@ def with_values(change: int) -> Callable[[PackedTensor], PackedTensor]:
     return lie
 
 
-LIES = {
+LIES: dict[str, Callable[[PackedTensor], PackedTensor]] = {
     "first-offset-not-zero": with_offset(0, 1),
     "first-offset-negative": with_offset(0, -1),
     "last-offset-wrong": with_offset(6, 1),
