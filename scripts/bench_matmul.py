@@ -5,8 +5,10 @@
 Contenders, on the same bf16 weights with half of the values pruned:
 
 - `dense`: torch's F.linear on the dense weight, which is what a model that fits in memory costs;
-- `CODEC, decoded`: the weight decoded to scratch memory, then F.linear, which is the way without this kernel;
-- `CODEC ISA`: `endor.kernels.matmul.linear`, for every codec and instruction set for which there is code.
+- `CODEC, decoded`: the whole weight decoded to scratch memory, then F.linear;
+- `CODEC ISA`: `endor.kernels.matmul.linear`, for every codec and instruction set for which there is code;
+- `CODEC, as run`: what a model does, which is the latter for few rows of x and, for more, tiles that are
+  decoded and multiplied while they are in the cache.
 
 Copies of the weight take turns, so many that they do not fit in a cache; contenders take turns too. Shown are
 medians over the quieter half of the turns, and how many times faster than dense, a median of ratios within a
@@ -42,7 +44,9 @@ from bench_common import (
 )
 from endor.formats import CODECS
 from endor.formats.packed import PackedTensor
-from endor.kernels import decode, encode, matmul
+from endor.kernels import decode, decode_rows, encode, matmul
+from endor.kernels.backend import rows_of
+from endor.kernels.linear import packed_linear
 
 # 4096 x 11008 is a 7 B model's; the others are those of the 1.1 B model of bench_stream.py, the head last.
 SHAPES = ((4096, 11008), (2048, 2048), (256, 2048), (5632, 2048), (2048, 5632), (32000, 2048))
@@ -80,11 +84,31 @@ def contenders(w: Weights, x: torch.Tensor, isas: list[str]) -> dict[str, tuple[
         for isa in isas:
             if matmul.linear(x, packed[0], isa=isa) is not None:
                 runs[f"{codec} {isa}"] = codec, partial(_fused, x, packed, isa)
+        runs[f"{codec}, as run"] = codec, partial(_as_run, x, packed, TileScratch(w.scratch))
     return runs
 
 
 def _decode_first(x: torch.Tensor, packed: list[PackedTensor], scratch: torch.Tensor, i: int) -> torch.Tensor:
     return F.linear(x, decode(packed[i], out=scratch))
+
+
+@dataclass(frozen=True)
+class TileScratch:
+    """Memory that every tile is decoded into."""
+
+    memory: torch.Tensor
+
+    def decode_rows(
+        self, packed: PackedTensor, start_block: int, stop_block: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        rows = rows_of(packed.layout, start_block, stop_block)
+        return decode_rows(packed, start_block, stop_block, self.memory[: len(rows)]).to(dtype)
+
+
+def _as_run(x: torch.Tensor, packed: list[PackedTensor], scratch: TileScratch, i: int) -> torch.Tensor:
+    y = packed_linear(x, packed[i], None, dtype=x.dtype, scratch=scratch)
+    assert y is not None
+    return y
 
 
 def _fused(x: torch.Tensor, packed: list[PackedTensor], isa: str, i: int) -> torch.Tensor:
