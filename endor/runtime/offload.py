@@ -1,0 +1,531 @@
+"""Streams the weights of any module tree from the files they lie in, read ahead of the module that needs them.
+
+The unit of use is a group: what one module needs during its forward. The unit of reading is a block: groups
+that follow each other, some tens of megabytes together, so that a read is long enough for the disk. The order
+of use is that of the groups until a forward has shown another one; it is planned anew when it changes.
+
+Three ways lead from file to weight, chosen before each forward:
+
+- *ring*: blocks are read ahead into staging memory, while earlier ones compute. Around the page cache if what
+  went through it last time did not stay there, because then the model is larger than memory.
+- *mapped*: when the page cache has all blocks, their pages are used in place. Nothing is copied.
+- rows: a weight of which a few rows are used at a time is always mapped, and only those rows are read.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+
+from endor.errors import PlanError
+from endor.kernels.scratch import ThreadScratch
+from endor.loaders import (
+    DirectMode,
+    Lease,
+    LoadPlan,
+    PosixReader,
+    Prefetcher,
+    PrefetchStats,
+    Reader,
+    ReadOp,
+    Unit,
+    available_bytes,
+)
+from endor.runtime.filemap import MappedFile
+from endor.runtime.stored import StoredTensor
+
+__all__ = ["OffloadStats", "WeightGroup", "WeightStream"]
+
+BLOCK_BYTES: Final = 32 << 20
+"""A block is at least this long where groups allow it: two chunks of the reader, one per thread."""
+DEPTH: Final = 2
+_GAP_BYTES: Final = 64 << 10
+"""Ranges of a file that are nearer than this are read as one: 0.03 ms of reading against a request."""
+_ALL_CACHED: Final = 0.99
+_STAYED_CACHED: Final = 0.5
+_FITS_MEMORY: Final = 1.25
+_RING_SHARE: Final = 0.5
+_MANY_ROWS: Final = 16
+"""From a 16th of all rows on, reading a table from end to end is faster than a page for each row."""
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """What one module needs during its forward.
+
+    Attributes:
+        name: of the module, for messages and statistics.
+        tensors: by the name that the module's owner gives them.
+        by_rows: whether a forward uses single rows only, as an embedding does.
+        ahead: whether it may be read ahead; not for a module that holds its weights while others run.
+    """
+
+    name: str
+    tensors: Mapping[str, StoredTensor]
+    by_rows: bool = False
+    ahead: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class OffloadStats:
+    """Totals since the stream was made; subtract two of them for what lies between.
+
+    Attributes:
+        forwards: of the whole model.
+        read_bytes: read into the ring and used.
+        discarded_bytes: read ahead and given up, because something else was asked for.
+        mapped_bytes: of groups whose pages were used in place, in full even where only rows were touched.
+        stall_s: time in which the model waited for bytes.
+        read_s: time in which the disk was busy.
+        ring_bytes: staging memory held now.
+        plans: how often the order was planned.
+    """
+
+    forwards: int = 0
+    read_bytes: int = 0
+    discarded_bytes: int = 0
+    mapped_bytes: int = 0
+    stall_s: float = 0.0
+    read_s: float = 0.0
+    ring_bytes: int = 0
+    plans: int = 0
+
+
+_Range = tuple[Path, int, int]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Groups that are read together, as few reads as their places in the files allow."""
+
+    name: str
+    groups: tuple[int, ...]
+    ops: tuple[ReadOp, ...]
+    places: Mapping[_Range, tuple[int, int]]
+    """Which read has a range, and how far behind its beginning."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(op.length_bytes for op in self.ops)
+
+
+@dataclass
+class _Hold:
+    """A block in memory: its lease, who uses it now, and how often it was used."""
+
+    position: int
+    lease: Lease
+    users: int = 0
+    uses: int = 0
+
+
+@dataclass
+class _Parts:
+    """What has threads, descriptors and memory: never copied, never pickled, made again where it is
+    missing."""
+
+    process: int = field(default_factory=os.getpid)
+    files: dict[Path, MappedFile] = field(default_factory=dict)
+    views: dict[_Range, torch.Tensor] = field(default_factory=dict)
+    reader: Reader | None = None
+    prefetcher: Prefetcher | None = None
+    holds: dict[int, _Hold] = field(default_factory=dict)
+
+    def stop_ring(self) -> None:
+        """Release every lease, end the threads, free the staging memory."""
+        for hold in self.holds.values():
+            hold.lease.release()
+        self.holds.clear()
+        prefetcher, self.prefetcher = self.prefetcher, None
+        reader, self.reader = self.reader, None
+        for part in (prefetcher, reader):
+            if part is not None:
+                part.close()
+
+    def close(self) -> None:
+        if self.process == os.getpid():  # a forked child owns nothing of it
+            self.stop_ring()
+        self.views.clear()
+        for file in self.files.values():
+            file.close()
+        self.files.clear()
+
+
+Mode = Literal["ring", "mapped"]
+_Use = tuple[int, int]
+"""A block and how many of its groups' uses follow each other."""
+
+
+def _open_reader(direct: DirectMode) -> Reader:
+    return PosixReader(direct=direct)
+
+
+class WeightStream:
+    """Brings the weights of groups into memory while they are needed. One thread at a time.
+
+    Copies and pickles as a value: the copy opens the files again when it is first used.
+
+    Args:
+        groups: in the order in which they are likely to be used.
+        depth: blocks that are read ahead of the one in use; 0 reads each when it is needed.
+        block_bytes: what groups are gathered to.
+        open_reader: makes the reader, given whether it may go around the page cache.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[WeightGroup],
+        *,
+        depth: int = DEPTH,
+        block_bytes: int = BLOCK_BYTES,
+        open_reader: Callable[[DirectMode], Reader] = _open_reader,
+    ) -> None:
+        self.groups = tuple(groups)
+        self._depth = depth
+        self._open_reader = open_reader
+        shared = _shared_ranges(self.groups)
+        self._blocks = tuple(_gather(self.groups, shared, block_bytes))
+        self._block_of = {index: number for number, block in enumerate(self._blocks) for index in block.groups}
+        self._scratch = ThreadScratch()
+        self._plan: tuple[_Use, ...] = tuple((n, len(block.groups)) for n, block in enumerate(self._blocks))
+        self._start()
+
+    def _start(self) -> None:
+        """Everything that belongs to this object in this process."""
+        self._parts = _Parts()
+        self._finalizer = weakref.finalize(self, self._parts.close)
+        self._mode: Mode | None = None
+        self._direct = False
+        self._cursor = 0
+        self._observed: list[list[int]] = []
+        self._last_observed: tuple[_Use, ...] = ()
+        self._totals = OffloadStats()
+        self._forwards = 0
+        self._plans = 0
+        self._mapped_bytes = 0
+        self._finished = PrefetchStats()
+
+    # What its owner calls.
+
+    @property
+    def mode(self) -> Mode | None:
+        """How the current or last forward got its blocks."""
+        return self._mode
+
+    @property
+    def streamed_bytes(self) -> int:
+        """What a forward that uses every block once reads."""
+        return sum(block.nbytes for block in self._blocks)
+
+    def begin_forward(self) -> None:
+        """Before the model's forward: choose how its blocks will come. Forgets what an earlier one held."""
+        self._check_process()
+        self._observed = []
+        self._cursor = 0
+        self._release_all()
+        for file in self._parts.files.values():
+            file.check_unchanged()
+        self._choose_mode()
+
+    def end_forward(self) -> None:
+        """After a forward that came to its end: learn the order it used."""
+        self._release_all()
+        observed = tuple((block, uses) for block, uses in self._observed)
+        if observed and observed != self._plan and (not self._forwards or observed == self._last_observed):
+            self._plan = observed
+            self._stop_ring()
+        self._last_observed = observed
+        self._forwards += 1
+
+    def abort_forward(self) -> None:
+        """After a forward that raised: nothing stays in use."""
+        self._observed = []
+        self._release_all()
+
+    def load(self, index: int, *, keep: bool = False) -> dict[str, torch.Tensor]:
+        """The tensors of a group on the CPU, to be given back with `done`.
+
+        Args:
+            index: of the group.
+            keep: whether they are used after `done` as well, as autograd does; they are copies then.
+
+        Raises LoadError when they cannot be read.
+        """
+        self._check_process()
+        if self._mode is None:
+            self._choose_mode()
+        group = self.groups[index]
+        hold = self._hold(index)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, stored in group.tensors.items():
+            memory = None if hold is None else self._in_ring(hold, index, stored)
+            if memory is None:
+                tensors[name] = self._mapped(stored, group)
+            else:
+                tensor = stored.tensor(memory, self._scratch)
+                tensors[name] = _own(tensor) if keep else tensor
+        return tensors
+
+    def done(self, index: int) -> None:
+        """Give the tensors of a group back."""
+        number = self._block_of.get(index)
+        hold = None if number is None else self._parts.holds.get(number)
+        if number is None or hold is None:
+            return
+        hold.users = max(0, hold.users - 1)
+        if not hold.users and hold.uses >= self._plan[hold.position][1]:
+            del self._parts.holds[number]
+            hold.lease.release()
+
+    def expect_rows(self, index: int, count: int) -> None:
+        """Before a group that is used by rows: how many of its rows are about to be used."""
+        for stored in self.groups[index].tensors.values():
+            if stored.shape and count * _MANY_ROWS > stored.shape[0]:
+                self._file(stored.file).read_soon(stored.offset_bytes, stored.nbytes)
+
+    def is_volatile(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor looks at staging memory, which is another block's soon."""
+        if not self._parts.holds or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            return False
+        lease = next(iter(self._parts.holds.values())).lease
+        return tensor.untyped_storage().data_ptr() == lease.tensor(0, 0).untyped_storage().data_ptr()
+
+    def stats(self) -> OffloadStats:
+        """Totals so far."""
+        now = _sum(self._finished, self._parts.prefetcher)
+        return OffloadStats(
+            forwards=self._forwards,
+            read_bytes=now.bytes_read,
+            discarded_bytes=now.discarded_bytes,
+            mapped_bytes=self._mapped_bytes,
+            stall_s=now.stall_s,
+            read_s=now.read_s,
+            ring_bytes=self._parts.prefetcher.ring_bytes if self._parts.prefetcher else 0,
+            plans=self._plans,
+        )
+
+    def close(self) -> None:
+        """End threads, close files, free memory. It starts again when it is used again."""
+        self._finished = _sum(self._finished, self._parts.prefetcher)
+        self._parts.close()
+        self._mode = None
+
+    # Copies.
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("groups", "_depth", "_open_reader", "_blocks", "_block_of", "_plan")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._scratch = ThreadScratch()
+        self._start()
+
+    # How it works.
+
+    def _check_process(self) -> None:
+        if self._parts.process != os.getpid():
+            self._finalizer.detach()
+            self._start()
+
+    def _choose_mode(self) -> None:
+        cached = self._cached_fraction()
+        if cached >= _ALL_CACHED:
+            self._mode = "mapped"
+            self._stop_ring()
+            return
+        if self._mode is None:
+            free = available_bytes()
+            self._set_direct(free is None or self.streamed_bytes * _FITS_MEMORY > free)
+        elif not self._direct and cached < _STAYED_CACHED:
+            self._set_direct(True)
+        self._mode = "ring"
+
+    def _set_direct(self, direct: bool) -> None:  # noqa: FBT001
+        if direct != self._direct:
+            self._direct = direct
+            self._stop_ring()
+
+    def _cached_fraction(self) -> float:
+        """How much of all blocks the page cache has; 1 where there is nothing to read."""
+        total = cached = 0.0
+        for block in self._blocks:
+            for op in block.ops:
+                fraction = self._file(op.file).cached_fraction(op.offset_bytes, op.length_bytes)
+                total += op.length_bytes
+                cached += fraction * op.length_bytes
+        return cached / total if total else 1.0
+
+    def _hold(self, index: int) -> _Hold | None:
+        """The block of a group in the ring, one user more; None where it is to be mapped."""
+        number = self._block_of.get(index)
+        if number is None:
+            return None
+        if self._observed and self._observed[-1][0] == number:
+            self._observed[-1][1] += 1
+        else:
+            self._observed.append([number, 1])
+        hold = self._parts.holds.get(number)
+        if hold is None and self._mode == "ring":
+            hold = self._acquire(number)
+        if hold is not None:
+            hold.users += 1
+            hold.uses += 1
+        return hold
+
+    def _acquire(self, number: int) -> _Hold | None:
+        positions = [position for position, (block, _) in enumerate(self._plan) if block == number]
+        if not positions:
+            return None
+        self._release_idle()
+        position = next((p for p in positions if p >= self._cursor), positions[0])
+        try:
+            lease = self._ring().acquire(position)
+        except PlanError:  # so many blocks in use that the ring has no room left, or no memory for a ring
+            return None
+        self._cursor = position + 1
+        self._parts.holds[number] = hold = _Hold(position, lease)
+        return hold
+
+    def _ring(self) -> Prefetcher:
+        parts = self._parts
+        if parts.prefetcher is None:
+            plan = self._load_plan()
+            parts.reader = self._open_reader("auto" if self._direct else False)
+            try:
+                parts.prefetcher = Prefetcher(plan, parts.reader)
+            except BaseException:
+                parts.stop_ring()
+                raise
+            self._plans += 1
+        return parts.prefetcher
+
+    def _load_plan(self) -> LoadPlan:
+        units = tuple(
+            Unit(f"{position} {self._blocks[block].name}", self._blocks[block].ops)
+            for position, (block, _) in enumerate(self._plan)
+        )
+        free = available_bytes()
+        plan = LoadPlan(units, 0)
+        for depth in range(1, min(self._depth, len(units) - 1) + 1):
+            deeper = LoadPlan(units, depth)
+            if free is not None and deeper.ring_bytes > _RING_SHARE * free:
+                break
+            plan = deeper
+        return plan
+
+    def _stop_ring(self) -> None:
+        self._finished = _sum(self._finished, self._parts.prefetcher)
+        self._parts.stop_ring()
+
+    def _in_ring(self, hold: _Hold, index: int, stored: StoredTensor) -> torch.Tensor | None:
+        block = self._blocks[self._block_of[index]]
+        place = block.places.get(_range_of(stored))
+        if place is None:
+            return None
+        op, behind = place
+        return hold.lease.tensor(hold.lease.unit.op_offsets[op] + behind, stored.nbytes)
+
+    def _mapped(self, stored: StoredTensor, group: WeightGroup) -> torch.Tensor:
+        if not stored.nbytes:
+            return stored.tensor(torch.empty(0, dtype=torch.uint8))
+        self._mapped_bytes += stored.nbytes
+        key = _range_of(stored)
+        memory = self._parts.views.get(key)
+        if memory is None:
+            file = self._file(stored.file)
+            memory = self._parts.views[key] = file.bytes_at(stored.offset_bytes, stored.nbytes)
+            if group.by_rows:
+                file.expect_rows(stored.offset_bytes, stored.nbytes)
+        if not group.by_rows and self._mode == "ring":
+            self._file(stored.file).read_soon(stored.offset_bytes, stored.nbytes)
+        return stored.tensor(memory, self._scratch)
+
+    def _file(self, path: Path) -> MappedFile:
+        file = self._parts.files.get(path)
+        if file is None:
+            file = self._parts.files[path] = MappedFile(path)
+        return file
+
+    def _release_idle(self) -> None:
+        for number, hold in list(self._parts.holds.items()):
+            if not hold.users:
+                del self._parts.holds[number]
+                hold.lease.release()
+
+    def _release_all(self) -> None:
+        while self._parts.holds:
+            self._parts.holds.popitem()[1].lease.release()
+
+
+def _range_of(stored: StoredTensor) -> _Range:
+    return (stored.file, stored.offset_bytes, stored.nbytes)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in memory of its own. A packed one is decoded into such memory where autograd looks on."""
+    return tensor.clone() if type(tensor) is torch.Tensor else tensor
+
+
+def _sum(finished: PrefetchStats, prefetcher: Prefetcher | None) -> PrefetchStats:
+    if prefetcher is None:
+        return finished
+    return prefetcher.stats() - (PrefetchStats() - finished)
+
+
+def _shared_ranges(groups: Sequence[WeightGroup]) -> set[_Range]:
+    """Ranges that several groups use: tied weights. Read ahead, each group would read them again."""
+    seen: set[_Range] = set()
+    shared: set[_Range] = set()
+    for group in groups:
+        if group.ahead and not group.by_rows:
+            ranges = {_range_of(stored) for stored in group.tensors.values()}
+            shared |= ranges & seen
+            seen |= ranges
+    return shared
+
+
+def _gather(groups: Sequence[WeightGroup], shared: set[_Range], block_bytes: int) -> Iterator[_Block]:
+    """Blocks of groups that follow each other."""
+    members: list[int] = []
+    ranges: set[_Range] = set()
+    for index, group in enumerate(groups):
+        own = {_range_of(stored) for stored in group.tensors.values() if stored.nbytes} - shared
+        if not own or group.by_rows or not group.ahead:
+            continue
+        members.append(index)
+        ranges |= own
+        if sum(length for _, _, length in ranges) >= block_bytes:
+            yield _block(groups, members, ranges)
+            members, ranges = [], set()
+    if members:
+        yield _block(groups, members, ranges)
+
+
+def _block(groups: Sequence[WeightGroup], members: Sequence[int], ranges: set[_Range]) -> _Block:
+    ops: list[ReadOp] = []
+    places: dict[_Range, tuple[int, int]] = {}
+    for file, in_file in groupby(sorted(ranges), key=lambda found: found[0]):
+        begin = end = -1
+        inside: list[_Range] = []
+        for found in [*in_file, None]:
+            if found is None or (inside and found[1] > end + _GAP_BYTES):
+                places.update({place: (len(ops), place[1] - begin) for place in inside})
+                ops.append(ReadOp(file, begin, end - begin))
+                inside = []
+            if found is not None:
+                begin = found[1] if not inside else begin
+                end = found[1] + found[2] if not inside else max(end, found[1] + found[2])
+                inside.append(found)
+    return _Block(groups[members[0]].name, tuple(members), tuple(ops), places)
