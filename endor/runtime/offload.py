@@ -1,15 +1,17 @@
 """Streams the weights of any module tree from the files they lie in, read ahead of the module that needs them.
 
 The unit of use is a group: what one module needs during its forward. The unit of reading is a block: groups
-that follow each other, some tens of megabytes together, so that a read is long enough for the disk. The order
-of use is that of the groups until a forward has shown another one; it is planned anew when it changes.
+used one after the other, some tens of megabytes together, so that a read is long enough for the disk. The
+order of use is that of the groups until a forward has shown another one; it is planned anew when it changes.
 
-Three ways lead from file to weight, chosen before each forward:
+Before each forward one of two ways from file to weight is chosen:
 
 - *ring*: blocks are read ahead into staging memory, while earlier ones compute. Around the page cache if what
   went through it last time did not stay there, because then the model is larger than memory.
 - *mapped*: when the page cache has all blocks, their pages are used in place. Nothing is copied.
-- rows: a weight of which a few rows are used at a time is always mapped, and only those rows are read.
+
+Some groups go their own way: one of which single rows are used is always mapped, and only those rows are read;
+small ones (norms, biases) are read once and stay, since a request for 4 KB costs as much as one for 256 KB.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -43,8 +44,9 @@ from endor.runtime.stored import StoredTensor
 
 __all__ = ["OffloadStats", "WeightGroup", "WeightStream"]
 
-BLOCK_BYTES: Final = 32 << 20
-"""A block is at least this long where groups allow it: two chunks of the reader, one per thread."""
+BLOCK_BYTES: Final = 16 << 20
+"""A block is at least this long where groups allow it; 32 MiB were no faster and took 88 MB more of staging memory
+(1.1 B Llama, every token from disk)."""
 DEPTH: Final = 2
 _GAP_BYTES: Final = 64 << 10
 """Ranges of a file that are nearer than this are read as one: 0.03 ms of reading against a request."""
@@ -52,6 +54,9 @@ _ALL_CACHED: Final = 0.99
 _STAYED_CACHED: Final = 0.5
 _FITS_MEMORY: Final = 1.25
 _RING_SHARE: Final = 0.5
+_SMALL_BYTES: Final = 64 << 10
+_ALL_SMALL_BYTES: Final = 32 << 20
+"""Groups up to the first size stay in memory, up to the second altogether."""
 _MANY_ROWS: Final = 16
 """From a 16th of all rows on, reading a table from end to end is faster than a page for each row."""
 
@@ -107,24 +112,20 @@ _Range = tuple[Path, int, int]
 
 @dataclass(frozen=True)
 class _Block:
-    """Groups that are read together, as few reads as their places in the files allow."""
+    """Groups that are read together, in as few reads as their places in the files allow."""
 
-    name: str
-    groups: tuple[int, ...]
+    uses: tuple[int, ...]
+    """The groups in order of use; one may be used several times."""
     ops: tuple[ReadOp, ...]
     places: Mapping[_Range, tuple[int, int]]
     """Which read has a range, and how far behind its beginning."""
 
-    @property
-    def nbytes(self) -> int:
-        return sum(op.length_bytes for op in self.ops)
-
 
 @dataclass
 class _Hold:
-    """A block in memory: its lease, who uses it now, and how often it was used."""
+    """A block in memory: its lease, how many of its groups are in use now, and how many uses there were."""
 
-    position: int
+    block: _Block
     lease: Lease
     users: int = 0
     uses: int = 0
@@ -140,13 +141,16 @@ class _Parts:
     views: dict[_Range, torch.Tensor] = field(default_factory=dict)
     reader: Reader | None = None
     prefetcher: Prefetcher | None = None
-    holds: dict[int, _Hold] = field(default_factory=dict)
+    holds: list[_Hold] = field(default_factory=list)
+    lent: dict[int, _Hold] = field(default_factory=dict)
+    small: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def stop_ring(self) -> None:
         """Release every lease, end the threads, free the staging memory."""
-        for hold in self.holds.values():
+        for hold in self.holds:
             hold.lease.release()
         self.holds.clear()
+        self.lent.clear()
         prefetcher, self.prefetcher = self.prefetcher, None
         reader, self.reader = self.reader, None
         for part in (prefetcher, reader):
@@ -157,14 +161,13 @@ class _Parts:
         if self.process == os.getpid():  # a forked child owns nothing of it
             self.stop_ring()
         self.views.clear()
+        self.small.clear()
         for file in self.files.values():
             file.close()
         self.files.clear()
 
 
 Mode = Literal["ring", "mapped"]
-_Use = tuple[int, int]
-"""A block and how many of its groups' uses follow each other."""
 
 
 def _open_reader(direct: DirectMode) -> Reader:
@@ -180,6 +183,7 @@ class WeightStream:
         groups: in the order in which they are likely to be used.
         depth: blocks that are read ahead of the one in use; 0 reads each when it is needed.
         block_bytes: what groups are gathered to.
+        small_stay: whether small groups are kept in memory.
         open_reader: makes the reader, given whether it may go around the page cache.
     """
 
@@ -189,16 +193,24 @@ class WeightStream:
         *,
         depth: int = DEPTH,
         block_bytes: int = BLOCK_BYTES,
+        small_stay: bool = True,
         open_reader: Callable[[DirectMode], Reader] = _open_reader,
     ) -> None:
         self.groups = tuple(groups)
         self._depth = depth
+        self._block_bytes = block_bytes
         self._open_reader = open_reader
-        shared = _shared_ranges(self.groups)
-        self._blocks = tuple(_gather(self.groups, shared, block_bytes))
-        self._block_of = {index: number for number, block in enumerate(self._blocks) for index in block.groups}
+        self._small = _small_groups(self.groups) if small_stay else frozenset()
+        self._ahead = frozenset(
+            index
+            for index, group in enumerate(self.groups)
+            if group.ahead and not group.by_rows and index not in self._small
+        )
+        self._shared = _shared_ranges([self.groups[index] for index in sorted(self._ahead)])
+        self._order = tuple(sorted(self._ahead))
+        self._blocks = tuple(_gather(self.groups, self._order, self._shared, block_bytes))
+        self._ops = tuple(op for block in self._blocks for op in block.ops)
         self._scratch = ThreadScratch()
-        self._plan: tuple[_Use, ...] = tuple((n, len(block.groups)) for n, block in enumerate(self._blocks))
         self._start()
 
     def _start(self) -> None:
@@ -208,9 +220,8 @@ class WeightStream:
         self._mode: Mode | None = None
         self._direct = False
         self._cursor = 0
-        self._observed: list[list[int]] = []
-        self._last_observed: tuple[_Use, ...] = ()
-        self._totals = OffloadStats()
+        self._observed: list[int] = []
+        self._last_observed: tuple[int, ...] = ()
         self._forwards = 0
         self._plans = 0
         self._mapped_bytes = 0
@@ -226,7 +237,7 @@ class WeightStream:
     @property
     def streamed_bytes(self) -> int:
         """What a forward that uses every block once reads."""
-        return sum(block.nbytes for block in self._blocks)
+        return sum(op.length_bytes for op in self._ops)
 
     def begin_forward(self) -> None:
         """Before the model's forward: choose how its blocks will come. Forgets what an earlier one held."""
@@ -241,9 +252,10 @@ class WeightStream:
     def end_forward(self) -> None:
         """After a forward that came to its end: learn the order it used."""
         self._release_all()
-        observed = tuple((block, uses) for block, uses in self._observed)
-        if observed and observed != self._plan and (not self._forwards or observed == self._last_observed):
-            self._plan = observed
+        observed = tuple(self._observed)
+        if observed and observed != self._order and (not self._forwards or observed == self._last_observed):
+            self._order = observed
+            self._blocks = tuple(_gather(self.groups, observed, self._shared, self._block_bytes))
             self._stop_ring()
         self._last_observed = observed
         self._forwards += 1
@@ -265,11 +277,13 @@ class WeightStream:
         self._check_process()
         if self._mode is None:
             self._choose_mode()
+        if index in self._small:
+            return self._stay(index)
         group = self.groups[index]
-        hold = self._hold(index)
+        hold = self._hold(index) if index in self._ahead else None
         tensors: dict[str, torch.Tensor] = {}
         for name, stored in group.tensors.items():
-            memory = None if hold is None else self._in_ring(hold, index, stored)
+            memory = None if hold is None else _in_ring(hold, stored)
             if memory is None:
                 tensors[name] = self._mapped(stored, group)
             else:
@@ -279,13 +293,12 @@ class WeightStream:
 
     def done(self, index: int) -> None:
         """Give the tensors of a group back."""
-        number = self._block_of.get(index)
-        hold = None if number is None else self._parts.holds.get(number)
-        if number is None or hold is None:
+        hold = self._parts.lent.pop(index, None)
+        if hold is None:
             return
-        hold.users = max(0, hold.users - 1)
-        if not hold.users and hold.uses >= self._plan[hold.position][1]:
-            del self._parts.holds[number]
+        hold.users -= 1
+        if not hold.users and hold.uses >= len(hold.block.uses):
+            self._parts.holds.remove(hold)
             hold.lease.release()
 
     def expect_rows(self, index: int, count: int) -> None:
@@ -298,7 +311,7 @@ class WeightStream:
         """Whether a tensor looks at staging memory, which is another block's soon."""
         if not self._parts.holds or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
             return False
-        lease = next(iter(self._parts.holds.values())).lease
+        lease = self._parts.holds[0].lease
         return tensor.untyped_storage().data_ptr() == lease.tensor(0, 0).untyped_storage().data_ptr()
 
     def stats(self) -> OffloadStats:
@@ -324,8 +337,8 @@ class WeightStream:
     # Copies.
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("groups", "_depth", "_open_reader", "_blocks", "_block_of", "_plan")
-        return {name: getattr(self, name) for name in kept}
+        kept = ("_depth", "_block_bytes", "_open_reader", "_small", "_ahead", "_shared", "_order", "_blocks", "_ops")
+        return {name: getattr(self, name) for name in ("groups", *kept)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -360,32 +373,35 @@ class WeightStream:
     def _cached_fraction(self) -> float:
         """How much of all blocks the page cache has; 1 where there is nothing to read."""
         total = cached = 0.0
-        for block in self._blocks:
-            for op in block.ops:
-                fraction = self._file(op.file).cached_fraction(op.offset_bytes, op.length_bytes)
-                total += op.length_bytes
-                cached += fraction * op.length_bytes
+        for op in self._ops:
+            fraction = self._file(op.file).cached_fraction(op.offset_bytes, op.length_bytes)
+            total += op.length_bytes
+            cached += fraction * op.length_bytes
         return cached / total if total else 1.0
+
+    def _stay(self, index: int) -> dict[str, torch.Tensor]:
+        """A small group, read once and kept."""
+        tensors = self._parts.small.get(index)
+        if tensors is None:
+            group = self.groups[index]
+            tensors = {name: _own(self._mapped(stored, group)) for name, stored in group.tensors.items()}
+            self._parts.small[index] = tensors
+        return tensors
 
     def _hold(self, index: int) -> _Hold | None:
         """The block of a group in the ring, one user more; None where it is to be mapped."""
-        number = self._block_of.get(index)
-        if number is None:
+        self._observed.append(index)
+        if self._mode != "ring":
             return None
-        if self._observed and self._observed[-1][0] == number:
-            self._observed[-1][1] += 1
-        else:
-            self._observed.append([number, 1])
-        hold = self._parts.holds.get(number)
-        if hold is None and self._mode == "ring":
-            hold = self._acquire(number)
+        hold = next((hold for hold in self._parts.holds if index in hold.block.uses), None) or self._acquire(index)
         if hold is not None:
             hold.users += 1
             hold.uses += 1
+            self._parts.lent[index] = hold
         return hold
 
-    def _acquire(self, number: int) -> _Hold | None:
-        positions = [position for position, (block, _) in enumerate(self._plan) if block == number]
+    def _acquire(self, index: int) -> _Hold | None:
+        positions = [position for position, block in enumerate(self._blocks) if index in block.uses]
         if not positions:
             return None
         self._release_idle()
@@ -395,7 +411,8 @@ class WeightStream:
         except PlanError:  # so many blocks in use that the ring has no room left, or no memory for a ring
             return None
         self._cursor = position + 1
-        self._parts.holds[number] = hold = _Hold(position, lease)
+        hold = _Hold(self._blocks[position], lease)
+        self._parts.holds.append(hold)
         return hold
 
     def _ring(self) -> Prefetcher:
@@ -413,8 +430,8 @@ class WeightStream:
 
     def _load_plan(self) -> LoadPlan:
         units = tuple(
-            Unit(f"{position} {self._blocks[block].name}", self._blocks[block].ops)
-            for position, (block, _) in enumerate(self._plan)
+            Unit(f"{position} ({self.groups[block.uses[0]].name} ...)", block.ops)
+            for position, block in enumerate(self._blocks)
         )
         free = available_bytes()
         plan = LoadPlan(units, 0)
@@ -428,14 +445,6 @@ class WeightStream:
     def _stop_ring(self) -> None:
         self._finished = _sum(self._finished, self._parts.prefetcher)
         self._parts.stop_ring()
-
-    def _in_ring(self, hold: _Hold, index: int, stored: StoredTensor) -> torch.Tensor | None:
-        block = self._blocks[self._block_of[index]]
-        place = block.places.get(_range_of(stored))
-        if place is None:
-            return None
-        op, behind = place
-        return hold.lease.tensor(hold.lease.unit.op_offsets[op] + behind, stored.nbytes)
 
     def _mapped(self, stored: StoredTensor, group: WeightGroup) -> torch.Tensor:
         if not stored.nbytes:
@@ -459,14 +468,22 @@ class WeightStream:
         return file
 
     def _release_idle(self) -> None:
-        for number, hold in list(self._parts.holds.items()):
-            if not hold.users:
-                del self._parts.holds[number]
-                hold.lease.release()
+        for hold in [hold for hold in self._parts.holds if not hold.users]:
+            self._parts.holds.remove(hold)
+            hold.lease.release()
 
     def _release_all(self) -> None:
+        self._parts.lent.clear()
         while self._parts.holds:
-            self._parts.holds.popitem()[1].lease.release()
+            self._parts.holds.pop().lease.release()
+
+
+def _in_ring(hold: _Hold, stored: StoredTensor) -> torch.Tensor | None:
+    place = hold.block.places.get(_range_of(stored))
+    if place is None:
+        return None
+    op, behind = place
+    return hold.lease.tensor(hold.lease.unit.op_offsets[op] + behind, stored.nbytes)
 
 
 def _range_of(stored: StoredTensor) -> _Range:
@@ -484,48 +501,67 @@ def _sum(finished: PrefetchStats, prefetcher: Prefetcher | None) -> PrefetchStat
     return prefetcher.stats() - (PrefetchStats() - finished)
 
 
-def _shared_ranges(groups: Sequence[WeightGroup]) -> set[_Range]:
+def _small_groups(groups: Sequence[WeightGroup]) -> frozenset[int]:
+    """Groups that are small enough to stay, as many as may."""
+    small = [
+        index for index, group in enumerate(groups) if group.nbytes <= _SMALL_BYTES and not group.by_rows
+    ]
+    left = _ALL_SMALL_BYTES
+    chosen: set[int] = set()
+    for index in small:
+        left -= groups[index].nbytes
+        if left >= 0:
+            chosen.add(index)
+    return frozenset(chosen)
+
+
+def _shared_ranges(groups: Sequence[WeightGroup]) -> frozenset[_Range]:
     """Ranges that several groups use: tied weights. Read ahead, each group would read them again."""
     seen: set[_Range] = set()
     shared: set[_Range] = set()
     for group in groups:
-        if group.ahead and not group.by_rows:
-            ranges = {_range_of(stored) for stored in group.tensors.values()}
-            shared |= ranges & seen
-            seen |= ranges
-    return shared
+        ranges = {_range_of(stored) for stored in group.tensors.values()}
+        shared |= ranges & seen
+        seen |= ranges
+    return frozenset(shared)
 
 
-def _gather(groups: Sequence[WeightGroup], shared: set[_Range], block_bytes: int) -> Iterator[_Block]:
-    """Blocks of groups that follow each other."""
-    members: list[int] = []
+def _gather(
+    groups: Sequence[WeightGroup], order: Sequence[int], shared: frozenset[_Range], block_bytes: int
+) -> Iterator[_Block]:
+    """Cut the uses in `order` into blocks; a use of what a block has already makes it no longer."""
+    uses: list[int] = []
     ranges: set[_Range] = set()
-    for index, group in enumerate(groups):
-        own = {_range_of(stored) for stored in group.tensors.values() if stored.nbytes} - shared
-        if not own or group.by_rows or not group.ahead:
-            continue
-        members.append(index)
-        ranges |= own
-        if sum(length for _, _, length in ranges) >= block_bytes:
-            yield _block(groups, members, ranges)
-            members, ranges = [], set()
-    if members:
-        yield _block(groups, members, ranges)
+    for index in order:
+        own = {_range_of(stored) for stored in groups[index].tensors.values() if stored.nbytes} - shared
+        if own - ranges and sum(length for _, _, length in ranges) >= block_bytes:
+            yield _block(uses, ranges)
+            uses, ranges = [], set()
+        if own:
+            uses.append(index)
+            ranges |= own
+    if uses:
+        yield _block(uses, ranges)
 
 
-def _block(groups: Sequence[WeightGroup], members: Sequence[int], ranges: set[_Range]) -> _Block:
+def _block(uses: Sequence[int], ranges: set[_Range]) -> _Block:
     ops: list[ReadOp] = []
     places: dict[_Range, tuple[int, int]] = {}
-    for file, in_file in groupby(sorted(ranges), key=lambda found: found[0]):
-        begin = end = -1
-        inside: list[_Range] = []
-        for found in [*in_file, None]:
-            if found is None or (inside and found[1] > end + _GAP_BYTES):
-                places.update({place: (len(ops), place[1] - begin) for place in inside})
-                ops.append(ReadOp(file, begin, end - begin))
-                inside = []
-            if found is not None:
-                begin = found[1] if not inside else begin
-                end = found[1] + found[2] if not inside else max(end, found[1] + found[2])
-                inside.append(found)
-    return _Block(groups[members[0]].name, tuple(members), tuple(ops), places)
+    for near in _neighbours(sorted(ranges)):
+        file, begin, _ = near[0]
+        end = max(offset + length for _, offset, length in near)
+        places.update({found: (len(ops), found[1] - begin) for found in near})
+        ops.append(ReadOp(file, begin, end - begin))
+    return _Block(tuple(uses), tuple(ops), places)
+
+
+def _neighbours(ranges: Sequence[_Range]) -> Iterator[list[_Range]]:
+    """Runs of sorted ranges that are near enough to each other to be read as one."""
+    run: list[_Range] = []
+    for found in ranges:
+        if run and (found[0] != run[-1][0] or found[1] > run[-1][1] + run[-1][2] + _GAP_BYTES):
+            yield run
+            run = []
+        run.append(found)
+    if run:
+        yield run
