@@ -16,6 +16,15 @@ if TYPE_CHECKING:
         open_checkpoint as open,  # noqa: A004
     )
     from endor.convert import ConvertReport, convert
+    from endor.integrations.accelerate import (
+        cpu_offload,
+        cpu_offload_with_hook,
+        disk_offload,
+        dispatch_model,
+        infer_auto_device_map,
+        init_empty_weights,
+        load_checkpoint_and_dispatch,
+    )
     from endor.kernels.tensor import BitmapTensor, decode, encode
     from endor.runtime import load
 
@@ -27,9 +36,16 @@ __all__ = [
     "ConvertReport",
     "__version__",
     "convert",
+    "cpu_offload",
+    "cpu_offload_with_hook",
     "decode",
+    "disk_offload",
+    "dispatch_model",
     "encode",
+    "infer_auto_device_map",
+    "init_empty_weights",
     "load",
+    "load_checkpoint_and_dispatch",
     "open",
 ]
 
@@ -37,9 +53,16 @@ _HOMES = {
     "BitmapTensor": "endor.kernels.tensor",
     "Checkpoint": "endor.checkpoint",
     "ConvertReport": "endor.convert",
+    "cpu_offload": "endor.integrations.accelerate",
+    "cpu_offload_with_hook": "endor.integrations.accelerate",
     "decode": "endor.kernels.tensor",
+    "disk_offload": "endor.integrations.accelerate",
+    "dispatch_model": "endor.integrations.accelerate",
     "encode": "endor.kernels.tensor",
+    "infer_auto_device_map": "endor.integrations.accelerate",
+    "init_empty_weights": "endor.integrations.accelerate",
     "load": "endor.runtime",
+    "load_checkpoint_and_dispatch": "endor.integrations.accelerate",
     "open": "endor.checkpoint:open_checkpoint",
 }
 

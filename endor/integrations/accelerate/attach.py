@@ -70,11 +70,16 @@ def attach_execution_device_hook(
 
 
 def _run_on(module: nn.Module, device: Device, options: _Options) -> None:
-    if not hasattr(module, "_hf_hook") and _has_state(module):
+    if not hasattr(module, "_hf_hook") and _is_callable(module) and _has_state(module):
         add_hook_to_module(module, options.hook(device))
     if not options.preloads(module):
         for child in module.children():
             _run_on(child, device, options)
+
+
+def _is_callable(module: nn.Module) -> bool:
+    """Whether the module has a forward that a hook could run around; a ModuleList has none."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def _has_state(module: nn.Module) -> bool:
@@ -207,7 +212,8 @@ def _place_block(
         return
     _align(module, name, device, options, offload=True)
     if not hasattr(module, "_hf_hook"):
-        add_hook_to_module(module, options.hook(device, io_same_device=name == ""))
+        if _is_callable(module):
+            add_hook_to_module(module, options.hook(device, io_same_device=name == ""))
     elif name == "":
         for hook in align_hooks(module)[:1]:
             hook.io_same_device = True

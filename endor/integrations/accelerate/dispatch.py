@@ -94,7 +94,7 @@ def cpu_offload(
         state_dict = _values_of(model)
     ties = find_tied_parameters(model)
     _attach_all(model, device, state_dict, offload_buffers, preload_module_classes)
-    retie_parameters(model, ties)
+    _retie(model, ties)
     _connect(model, OffloadState(), {})
     return model
 
@@ -147,7 +147,7 @@ def disk_offload(
     places = _put_on_disk(model, names, Path(offload_dir), encode=encode)
     weights = OffloadedWeightsLoader(stored=places)
     _attach_all(model, device, weights, offload_buffers, preload_module_classes)
-    retie_parameters(model, ties)
+    _retie(model, ties)
     _connect(model, OffloadState(), places)
     return model
 
@@ -252,6 +252,7 @@ def _dispatch(
         places = _put_on_disk(model, names, folder, known=known, encode=encode)
     weights = OffloadedWeightsLoader(state_dict=state_dict, stored=places) if state_dict or places else None
     offloaded = ("disk",) if host_is_main else ("cpu", "disk")
+    _forget_hooks(model)
     attach_align_device_hook_on_blocks(
         model,
         execution_device={
@@ -268,7 +269,7 @@ def _dispatch(
     where = " and ".join(sorted({str(d) for d in device_map.values()} & {"cpu", "disk"}))
     if where:
         logger.warning("Some parameters are on the meta device because they were offloaded to the %s.", where)
-    retie_parameters(model, ties)
+    _retie(model, ties)
     _connect(model, OffloadState(), places)
     _guard_moves(model)
 
@@ -438,6 +439,9 @@ def _put_on_disk(
     for source in (recall_places(model), _hooked_places(model) if absent else {}):
         places.update({name: stored for name, stored in source.items() if name in absent})
         absent -= places.keys()
+    held = _hooked_values(model) if absent else {}
+    in_memory |= {name: held[name]() for name in tensors if name in absent and name in held}
+    absent -= in_memory.keys()
     if absent and folder is not None:
         places.update(_from_folder(folder, {name: tensors[name] for name in absent}))
         absent -= places.keys()
@@ -513,6 +517,17 @@ def _check_fits(name: str, stored: StoredTensor, tensor: torch.Tensor) -> None:
 # Hooking.
 
 
+def _retie(model: nn.Module, ties: list[list[str]]) -> None:
+    """Make tied names one parameter again, or one placeholder where all of them are offloaded."""
+    retie_parameters(model, ties)
+    for group in ties:
+        standing = [model.get_parameter(name) for name in group]
+        if all(parameter.device.type == "meta" for parameter in standing):
+            for name in group[1:]:
+                parent, _, leaf = name.rpartition(".")
+                model.get_submodule(parent)._parameters[leaf] = standing[0]
+
+
 def _attach_all(
     model: nn.Module,
     device: Device,
@@ -520,8 +535,7 @@ def _attach_all(
     offload_buffers: bool,  # noqa: FBT001
     preload_module_classes: list[str] | None,
 ) -> None:
-    if _hooked_values(model):
-        _forget_hooks(model)
+    _forget_hooks(model)
     add_hook_to_module(model, AlignDevicesHook(io_same_device=True), append=True)
     attach_align_device_hook(
         model,
@@ -534,7 +548,9 @@ def _attach_all(
 
 
 def _forget_hooks(model: nn.Module) -> None:
-    """Remove an earlier dispatch's hooks and leave the placeholders: others take over."""
+    """Remove an earlier dispatch's hooks, if there are, and leave the placeholders: others take over."""
+    if not any(hook.offload for module in model.modules() for hook in align_hooks(module)):
+        return
     for module in model.modules():
         for hook in align_hooks(module):
             hook.weights_map = None
