@@ -87,7 +87,8 @@ class MappedFile:
         if found != self._identity or at_path != self._identity:
             raise LoadError(
                 f"{self.path}: the file was modified or replaced while a model uses it: expected "
-                f"{self._identity}, found {found if found != self._identity else at_path}; load the model again"
+                f"{self._identity}, found {found if found != self._identity else at_path}; load the model "
+                "again"
             )
 
     def close(self) -> None:

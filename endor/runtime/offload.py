@@ -1,4 +1,4 @@
-"""Streams the weights of any module tree from the files they lie in, read ahead of the module that needs them.
+"""Streams the weights of any module tree from the files they lie in, ahead of the module that needs them.
 
 The unit of use is a group: what one module needs during its forward. The unit of reading is a block: groups
 used one after the other, some tens of megabytes together, so that a read is long enough for the disk. The
@@ -10,8 +10,9 @@ Before each forward one of two ways from file to weight is chosen:
   went through it last time did not stay there, because then the model is larger than memory.
 - *mapped*: when the page cache has all blocks, their pages are used in place. Nothing is copied.
 
-Some groups go their own way: one of which single rows are used is always mapped, and only those rows are read;
-small ones (norms, biases) are read once and stay, since a request for 4 KB costs as much as one for 256 KB.
+Some groups go their own way: one of which single rows are used is always mapped, and only those rows are
+read; small ones (norms, biases) are read once and stay, since a request for 4 KB costs as much as one for
+256 KB.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ from endor.runtime.stored import StoredTensor
 __all__ = ["OffloadStats", "WeightGroup", "WeightStream"]
 
 BLOCK_BYTES: Final = 16 << 20
-"""A block is at least this long where groups allow it; 32 MiB were no faster and took 88 MB more of staging memory
-(1.1 B Llama, every token from disk)."""
+"""A block is at least this long where groups allow it; 32 MiB were no faster and took 88 MB more of staging
+memory (1.1 B Llama, every token from disk)."""
 DEPTH: Final = 2
 _GAP_BYTES: Final = 64 << 10
 """Ranges of a file that are nearer than this are read as one: 0.03 ms of reading against a request."""
@@ -337,7 +338,17 @@ class WeightStream:
     # Copies.
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_depth", "_block_bytes", "_open_reader", "_small", "_ahead", "_shared", "_order", "_blocks", "_ops")
+        kept = (
+            "_depth",
+            "_block_bytes",
+            "_open_reader",
+            "_small",
+            "_ahead",
+            "_shared",
+            "_order",
+            "_blocks",
+            "_ops",
+        )
         return {name: getattr(self, name) for name in ("groups", *kept)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -365,7 +376,7 @@ class WeightStream:
             self._set_direct(True)
         self._mode = "ring"
 
-    def _set_direct(self, direct: bool) -> None:  # noqa: FBT001
+    def _set_direct(self, direct: bool) -> None:
         if direct != self._direct:
             self._direct = direct
             self._stop_ring()
@@ -393,7 +404,9 @@ class WeightStream:
         self._observed.append(index)
         if self._mode != "ring":
             return None
-        hold = next((hold for hold in self._parts.holds if index in hold.block.uses), None) or self._acquire(index)
+        hold = next((hold for hold in self._parts.holds if index in hold.block.uses), None) or self._acquire(
+            index
+        )
         if hold is not None:
             hold.users += 1
             hold.uses += 1

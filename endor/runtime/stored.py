@@ -1,7 +1,7 @@
 """Where a tensor lies on disk: a byte range of a file, whoever wrote the file.
 
-A weight that is offloaded needs no format of its own: safetensors and raw numpy files hold a tensor's bytes in
-one piece. `locate_safetensors` reads the ranges from a file's header, `locate_mapped` finds the range behind
+A weight that is offloaded needs no format of its own: safetensors and raw numpy files hold a tensor's bytes
+in one piece. `locate_safetensors` reads the ranges from a file's header, `MappedFiles` finds the range behind
 a tensor that is mapped from a file, as `from_pretrained` leaves them.
 """
 
@@ -24,7 +24,7 @@ from endor.formats.packed import PackedTensor, TensorLayout
 from endor.formats.strict_json import load_object
 from endor.kernels.tensor import BitmapTensor, Scratch
 
-__all__ = ["MappedFiles", "StoredTensor", "locate_mapped", "locate_safetensors"]
+__all__ = ["MappedFiles", "StoredTensor", "locate_safetensors"]
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,6 @@ class MappedFiles:
         if table is None:
             table = self._tables[mapping.path] = _table_of(mapping)
         return table
-
-
-def locate_mapped(tensor: torch.Tensor) -> StoredTensor | None:
-    """Where `tensor` is mapped from; for many of them make one `MappedFiles`."""
-    return MappedFiles().locate(tensor)
 
 
 def _table_of(mapping: _Mapping) -> Mapping[int, StoredTensor]:

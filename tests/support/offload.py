@@ -42,7 +42,8 @@ class Tied(nn.Module):
         self.last.weight = self.first.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(torch.tanh(self.middle(torch.tanh(self.first(x)))))
+        output: torch.Tensor = self.last(torch.tanh(self.middle(torch.tanh(self.first(x)))))
+        return output
 
 
 class Peeking(nn.Module):

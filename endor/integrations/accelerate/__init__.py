@@ -24,7 +24,12 @@ from accelerate.utils.modeling import (
     retie_parameters,
     set_module_tensor_to_device,
 )
-from accelerate.utils.offload import load_offloaded_weight, offload_state_dict, offload_weight, save_offload_index
+from accelerate.utils.offload import (
+    load_offloaded_weight,
+    offload_state_dict,
+    offload_weight,
+    save_offload_index,
+)
 
 from endor.integrations.accelerate.attach import (
     attach_align_device_hook,

@@ -4,6 +4,8 @@ A module with tensors of its own gets a hook that brings them; one of a preloade
 subtree. A module that occurs in several places gets one hook.
 """
 
+# ruff: noqa: PLR0917 - accelerate's signatures take everything by position
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -69,7 +71,7 @@ def attach_execution_device_hook(
     _run_on(module, execution_device, options)
 
 
-def _run_on(module: nn.Module, device: Device, options: _Options) -> None:
+def _run_on(module: nn.Module, device: Device | None, options: _Options) -> None:
     if not hasattr(module, "_hf_hook") and _is_callable(module) and _has_state(module):
         add_hook_to_module(module, options.hook(device))
     if not options.preloads(module):
@@ -85,8 +87,7 @@ def _is_callable(module: nn.Module) -> bool:
 def _has_state(module: nn.Module) -> bool:
     """Whether the module's state dict has anything in it."""
     return any(
-        owner._parameters
-        and any(p is not None for p in owner._parameters.values())
+        any(parameter is not None for parameter in owner._parameters.values())
         or any(
             buffer is not None and name not in owner._non_persistent_buffers_set
             for name, buffer in owner._buffers.items()
@@ -98,15 +99,15 @@ def _has_state(module: nn.Module) -> bool:
 def attach_align_device_hook(
     module: nn.Module,
     execution_device: Device | None = None,
-    offload: bool = False,  # noqa: FBT001, FBT002 - accelerate's signature, here and below
+    offload: bool = False,
     weights_map: Mapping[str, torch.Tensor] | None = None,
-    offload_buffers: bool = False,  # noqa: FBT001, FBT002
+    offload_buffers: bool = False,
     module_name: str = "",
     skip_keys: str | list[str] | None = None,
     preload_module_classes: list[str] | None = None,
     tied_params_map: TiedParams | None = None,
 ) -> None:
-    """Hook every module in `module` that has tensors of its own; `weights_map` has their names from the root."""
+    """Hook every module in `module` that has tensors of its own; `weights_map` has full names."""
     options = _Options(
         weights_map=weights_map,
         offload_buffers=offload_buffers,
@@ -117,9 +118,7 @@ def attach_align_device_hook(
     _align(module, module_name, execution_device, options, offload=offload)
 
 
-def _align(
-    module: nn.Module, name: str, device: Device | None, options: _Options, *, offload: bool
-) -> None:
+def _align(module: nn.Module, name: str, device: Device | None, options: _Options, *, offload: bool) -> None:
     whole = offload and options.preloads(module)
     if (whole or _has_tensors(module)) and id(module) not in options.attached:
         options.attached.add(id(module))
@@ -148,9 +147,9 @@ def _join(name: str, child: str) -> str:
 def attach_align_device_hook_on_blocks(
     module: nn.Module,
     execution_device: Device | Mapping[str, Device] | None = None,
-    offload: bool | Mapping[str, bool] = False,  # noqa: FBT001, FBT002
+    offload: bool | Mapping[str, bool] = False,
     weights_map: Mapping[str, torch.Tensor] | None = None,
-    offload_buffers: bool = False,  # noqa: FBT001, FBT002
+    offload_buffers: bool = False,
     module_name: str = "",
     skip_keys: str | list[str] | None = None,
     preload_module_classes: list[str] | None = None,
@@ -173,10 +172,10 @@ def attach_align_device_hook_on_blocks(
             )
         return
     if isinstance(execution_device, Mapping):
-        devices = dict(execution_device)
+        devices: dict[str, Device | None] = dict(execution_device)
     else:
         assert isinstance(offload, Mapping)
-        devices = {name: execution_device for name in offload}  # type: ignore[misc]  # None means: as it is
+        devices = dict.fromkeys(offload, execution_device)
     offloads = dict(offload) if isinstance(offload, Mapping) else dict.fromkeys(devices, offload)
     _on_blocks(module, module_name, devices, offloads, options)
 
@@ -184,7 +183,7 @@ def attach_align_device_hook_on_blocks(
 def _on_blocks(
     module: nn.Module,
     name: str,
-    devices: Mapping[str, Device],
+    devices: Mapping[str, Device | None],
     offloads: Mapping[str, bool],
     options: _Options,
 ) -> None:
@@ -197,7 +196,7 @@ def _on_blocks(
 
 
 def _place_block(
-    module: nn.Module, name: str, device: Device, options: _Options, *, offload: bool
+    module: nn.Module, name: str, device: Device | None, options: _Options, *, offload: bool
 ) -> None:
     """One entry of the maps: a block that stays on its device, or one whose weights come for each forward."""
     if not offload:

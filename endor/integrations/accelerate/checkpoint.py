@@ -4,6 +4,8 @@ What the device map sends to disk is not read at all: it stays in its safetensor
 where. Whether the checkpoint fits the model is decided from the names, before the model is touched.
 """
 
+# ruff: noqa: PLR0917 - accelerate's signatures take everything by position
+
 from __future__ import annotations
 
 import json
@@ -55,21 +57,21 @@ def load_checkpoint_and_dispatch(
     max_memory: dict[int | str, int | str] | None = None,
     no_split_module_classes: list[str] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
-    offload_buffers: bool = False,  # noqa: FBT001, FBT002 - accelerate's signatures, here and below
+    offload_buffers: bool = False,
     dtype: str | torch.dtype | None = None,
     offload_state_dict: bool | None = None,
     skip_keys: str | list[str] | None = None,
     preload_module_classes: list[str] | None = None,
-    force_hooks: bool = False,  # noqa: FBT001, FBT002
-    strict: bool = False,  # noqa: FBT001, FBT002
-    full_state_dict: bool = True,  # noqa: FBT001, FBT002
-    broadcast_from_rank0: bool = False,  # noqa: FBT001, FBT002
+    force_hooks: bool = False,
+    strict: bool = False,
+    full_state_dict: bool = True,
+    broadcast_from_rank0: bool = False,
 ) -> nn.Module:
     """Load a checkpoint into a model, each part where the device map says, and make it run there.
 
     Arguments are those of `load_checkpoint_in_model` and `dispatch_model`; a `device_map` of "auto",
-    "balanced", "balanced_low_0" or "sequential" is worked out from `max_memory`. Without a map the checkpoint is
-    only loaded.
+    "balanced", "balanced_low_0" or "sequential" is worked out from `max_memory`. Without a map the checkpoint
+    is only loaded.
     """
     if isinstance(device_map, str):
         device_map = _worked_out(
@@ -138,13 +140,13 @@ def load_checkpoint_in_model(
     device_map: DeviceMap | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
-    offload_state_dict: bool = False,  # noqa: FBT001, FBT002
-    offload_buffers: bool = False,  # noqa: FBT001, FBT002
+    offload_state_dict: bool = False,
+    offload_buffers: bool = False,
     keep_in_fp32_modules: list[str] | None = None,
-    offload_8bit_bnb: bool = False,  # noqa: FBT001, FBT002
-    strict: bool = False,  # noqa: FBT001, FBT002
-    full_state_dict: bool = True,  # noqa: FBT001, FBT002
-    broadcast_from_rank0: bool = False,  # noqa: FBT001, FBT002
+    offload_8bit_bnb: bool = False,
+    strict: bool = False,
+    full_state_dict: bool = True,
+    broadcast_from_rank0: bool = False,
 ) -> None:
     """Load a checkpoint into a model, each tensor straight to where the device map says.
 
@@ -167,9 +169,10 @@ def load_checkpoint_in_model(
             checkpoint does not fit the model.
         LoadError: a file cannot be read.
     """
+    their_map = None if device_map is None else dict(device_map)
     if offload_8bit_bnb or broadcast_from_rank0 or not full_state_dict:
         load_with_accelerate(
-            model, checkpoint, device_map, offload_folder, dtype, offload_state_dict, offload_buffers,
+            model, checkpoint, their_map, offload_folder, dtype, offload_state_dict, offload_buffers,
             keep_in_fp32_modules, offload_8bit_bnb, strict, full_state_dict, broadcast_from_rank0,
         )  # fmt: skip
         return
@@ -178,13 +181,14 @@ def load_checkpoint_in_model(
     on_disk = device_map is not None and "disk" in device_map.values()
     if on_disk and offload_folder is None:
         raise ValueError(
-            "At least one of the model submodule will be offloaded to disk, please pass along an `offload_folder`."
+            "At least one of the model submodule will be offloaded to disk, please pass along an "
+            "`offload_folder`."
         )
     files = [_CheckpointFile(path) for path in _checkpoint_files(Path(checkpoint))]
     names = [name for file in files for name in file.names]
     if any(".SCB" in name for name in names):  # statistics of bitsandbytes
         load_with_accelerate(
-            model, checkpoint, device_map, offload_folder, dtype, offload_state_dict, offload_buffers,
+            model, checkpoint, their_map, offload_folder, dtype, offload_state_dict, offload_buffers,
             keep_in_fp32_modules, strict=strict,
         )  # fmt: skip
         return
@@ -235,9 +239,11 @@ def _torch_load(path: Path) -> dict[str, torch.Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror}", errno=error.errno) from error
-    if not isinstance(loaded, dict):
-        raise FormatError(f"{path}: expected a state dict, found a {type(loaded).__name__}")
-    return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
+    tensors = loaded if isinstance(loaded, dict) else None
+    if tensors is None:
+        found = type(loaded).__name__
+        raise FormatError(f"{path}: expected a state dict, found a {found}")
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
 @dataclass
@@ -271,7 +277,9 @@ class _Loading:
         """Write what is not in safetensors files; note for the dispatch where everything is."""
         if self._unwritten and folder is not None:
             written = write_weights(folder, self._unwritten)
-            self._places.update({name: place.converted(self._places_dtype(name)) for name, place in written.items()})
+            self._places.update(
+                {name: place.converted(self._places_dtype(name)) for name, place in written.items()}
+            )
         if self._places:
             remember_places(self.model, self._places)
         if folder is not None and self._places:
@@ -295,7 +303,9 @@ class _Loading:
         """The dtype to convert to; None for the model's own."""
         if self.dtype is None or not stored.is_floating_point:
             return None
-        if self.dtype == torch.float16 and any(re.search(rf"(^|\.){re.escape(kept)}(\.|$)", name) for kept in self.kept_in_float32):
+        if self.dtype == torch.float16 and any(
+            re.search(rf"(^|\.){re.escape(kept)}(\.|$)", name) for kept in self.kept_in_float32
+        ):
             return torch.float32
         return self.dtype
 
@@ -309,7 +319,8 @@ class _Loading:
             shape, dtype = tuple(tensor.shape), tensor.dtype
         if shape != tuple(standing.shape):
             raise FormatError(
-                f"{file.path}: tensor {name!r} has shape {list(shape)}, the model expects {list(standing.shape)}"
+                f"{file.path}: tensor {name!r} has shape {list(shape)}, the model expects "
+                f"{list(standing.shape)}"
             )
         wanted = self._dtype_for(name, dtype) or (dtype if self.dtype is None else standing.dtype)
         _replace(self.model, name, placeholder(standing, name=name, dtype=wanted))
@@ -381,8 +392,8 @@ def _check_names(
         )
     if unexpected:
         logger.warning(
-            "Some weights of the model checkpoint at %s were not used when initializing %s: %s. This may or may "
-            "not be an issue.",
+            "Some weights of the model checkpoint at %s were not used when initializing %s: %s. This may or "
+            "may not be an issue.",
             checkpoint,
             type(model).__name__,
             ", ".join(unexpected),
@@ -418,8 +429,8 @@ def _checkpoint_files(checkpoint: Path) -> list[Path]:
         return _indexed_files(checkpoint) if checkpoint.suffix == ".json" else [checkpoint]
     if not checkpoint.is_dir():
         raise ValueError(
-            "`checkpoint` should be the path to a file containing a whole state dict, or the index of a sharded "
-            f"checkpoint, or a folder containing a sharded checkpoint or the whole state dict, but got {checkpoint}."
+            "`checkpoint` should be a file with a whole state dict, the index of a sharded checkpoint, or a "
+            f"folder with either, but got {checkpoint}."
         )
     for name in ("pytorch_model.bin", "model.safetensors"):
         if (checkpoint / name).is_file():
@@ -428,7 +439,8 @@ def _checkpoint_files(checkpoint: Path) -> list[Path]:
     if len(indexes) != 1:
         found = "none" if not indexes else ", ".join(path.name for path in indexes)
         raise ValueError(
-            f"{checkpoint}: expected pytorch_model.bin, model.safetensors or exactly one .index.json, found {found}"
+            f"{checkpoint}: expected pytorch_model.bin, model.safetensors or exactly one .index.json, found "
+            f"{found}"
         )
     return _indexed_files(indexes[0])
 

@@ -1,5 +1,7 @@
 """`cpu_offload`, `disk_offload` and `dispatch_model`: where each part of a model lives, and how it comes."""
 
+# ruff: noqa: PLR0917 - accelerate's signatures take everything by position
+
 from __future__ import annotations
 
 import functools
@@ -58,7 +60,7 @@ logger = logging.getLogger("accelerate.big_modeling")
 """Theirs: programs that listen for its warnings go on hearing them."""
 
 _PLACES: WeakKeyDictionary[nn.Module, dict[str, StoredTensor]] = WeakKeyDictionary()
-"""Where a model's weights are that were left on disk by `load_checkpoint_in_model`, until it is dispatched."""
+"""Where a model's weights are that `load_checkpoint_in_model` left on disk, until it is dispatched."""
 
 
 def remember_places(model: nn.Module, places: Mapping[str, StoredTensor]) -> None:
@@ -74,11 +76,11 @@ def recall_places(model: nn.Module) -> dict[str, StoredTensor]:
 def cpu_offload(
     model: nn.Module,
     execution_device: Device | None = None,
-    offload_buffers: bool = False,  # noqa: FBT001, FBT002 - accelerate's signatures, here and below
+    offload_buffers: bool = False,
     state_dict: dict[str, torch.Tensor] | None = None,
     preload_module_classes: list[str] | None = None,
 ) -> nn.Module:
-    """Keep the model's weights in host memory and bring each module's to the execution device for its forward.
+    """Keep the model's weights in host memory and bring each module's to where it runs for its forward.
 
     On a CPU they are used where they are.
 
@@ -118,7 +120,7 @@ def disk_offload(
     model: nn.Module,
     offload_dir: str | os.PathLike[str],
     execution_device: Device | None = None,
-    offload_buffers: bool = False,  # noqa: FBT001, FBT002
+    offload_buffers: bool = False,
     preload_module_classes: list[str] | None = None,
     *,
     encode: str | None = None,
@@ -159,10 +161,10 @@ def dispatch_model(
     state_dict: dict[str, torch.Tensor] | None = None,
     offload_dir: str | os.PathLike[str] | None = None,
     offload_index: Mapping[str, Mapping[str, Any]] | None = None,
-    offload_buffers: bool = False,  # noqa: FBT001, FBT002
+    offload_buffers: bool = False,
     skip_keys: str | list[str] | None = None,
     preload_module_classes: list[str] | None = None,
-    force_hooks: bool = False,  # noqa: FBT001, FBT002
+    force_hooks: bool = False,
     *,
     encode: str | None = None,
 ) -> nn.Module:
@@ -186,7 +188,9 @@ def dispatch_model(
         PlanError: a weight is neither in memory nor on disk.
         LoadError: a file cannot be written or read.
     """
-    accelerate.big_modeling.check_device_map(model, device_map)  # there, because transformers replaces it there
+    accelerate.big_modeling.check_device_map(
+        model, device_map
+    )  # there, because transformers replaces it there
     devices = list(dict.fromkeys(device_map.values()))
     if len(devices) > 1 or "disk" in devices or force_hooks or _is_immovable(model):
         _dispatch(
@@ -379,7 +383,9 @@ def _offloadable(model: nn.Module, *, offload_buffers: bool) -> dict[str, torch.
 
 def _values_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's state on the CPU, also of one that is offloaded already."""
-    values = {name: tensor.to("cpu") for name, tensor in model.state_dict().items() if tensor.device.type != "meta"}
+    values = {
+        name: tensor.to("cpu") for name, tensor in model.state_dict().items() if tensor.device.type != "meta"
+    }
     missing = {name for name in model.state_dict() if name not in values}
     for name, value in _hooked_values(model).items():
         if name in missing:
@@ -447,8 +453,8 @@ def _put_on_disk(
         absent -= places.keys()
     if absent:
         raise PlanError(
-            f"{type(model).__name__}: no data for {', '.join(sorted(absent)[:3])} and {max(0, len(absent) - 3)} more: "
-            "they are neither in memory nor in the offload folder. Load a checkpoint first, or use "
+            f"{type(model).__name__}: no data for {', '.join(sorted(absent)[:3])} ({len(absent)} weights in "
+            "all): they are neither in memory nor in the offload folder. Load a checkpoint first, or use "
             "load_checkpoint_and_dispatch"
         )
     for name, stored in places.items():
@@ -532,7 +538,7 @@ def _attach_all(
     model: nn.Module,
     device: Device,
     weights: Mapping[str, torch.Tensor],
-    offload_buffers: bool,  # noqa: FBT001
+    offload_buffers: bool,
     preload_module_classes: list[str] | None,
 ) -> None:
     _forget_hooks(model)
@@ -553,7 +559,7 @@ def _forget_hooks(model: nn.Module) -> None:
         return
     for module in model.modules():
         for hook in align_hooks(module):
-            hook.weights_map = None
+            hook.forget_weights()
     remove_hook_from_submodules(model)
 
 
@@ -592,11 +598,12 @@ def _group_of(
     tensors = {name: places[prefix + name] for name in names if prefix + name in places}
     if not tensors:
         return None
-    parent = not hook.place_submodules and any(other != path and other.startswith(prefix) for other in offloading)
+    parent = not hook.place_submodules and any(
+        other != path and other.startswith(prefix) for other in offloading
+    )
     return WeightGroup(path or "(root)", tensors, by_rows=_uses_rows(module, hook), ahead=not parent)
 
 
 def _uses_rows(module: nn.Module, hook: AlignDevicesHook) -> bool:
     """Whether a forward reads single rows of the weight: torch's own embedding, on the CPU."""
-    on_cpu = not isinstance(hook.execution_device, int) and torch.device(hook.execution_device or "cpu").type == "cpu"
-    return type(module) is nn.Embedding and module.max_norm is None and on_cpu
+    return type(module) is nn.Embedding and module.max_norm is None and hook.runs_on_cpu

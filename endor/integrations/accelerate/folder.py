@@ -1,14 +1,13 @@
 """An offload folder: one safetensors file per set of weights, named after their bytes.
 
-The name holds a fingerprint of every tensor's name, type, shape and content. So a file that is there is reused
-only for the weights it was written from, another model in the same folder gets a file of its own, and a
-model that still runs from the first one is not disturbed.
+The name holds a fingerprint of every tensor's name, type, shape and content. So a file that is there is
+reused only for the weights it was written from, another model in the same folder gets a file of its own, and
+a model that still runs from the first one is not disturbed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -54,7 +53,9 @@ class _Weight:
         shown = [list(self.names), str(self.tensor.dtype), list(self.tensor.shape)]
         if isinstance(self.tensor, BitmapTensor):
             packed = self.tensor.packed
-            return repr([*shown, packed.layout, [checksum(tensor_bytes(t.cpu())) for t in packed.sections.values()]])
+            return repr(
+                [*shown, packed.layout, [checksum(tensor_bytes(t.cpu())) for t in packed.sections.values()]]
+            )
         return repr([*shown, checksum(tensor_bytes(self.tensor.detach().cpu().contiguous()))])
 
     def section_source(self, encoded: Collection[str], values: str) -> PackedTensor | torch.Tensor:
@@ -124,7 +125,9 @@ def _write(path: Path, weights: Sequence[_Weight], encoded: Collection[str], val
                         source = weight.section_source(encoded, values)
                         shard.add(weight.name, source, aliases=weight.names[1:])
     except ConvertError as error:
-        raise LoadError(f"the offload folder {path.parent} cannot take the weights: {error.__cause__}") from error
+        raise LoadError(
+            f"the offload folder {path.parent} cannot take the weights: {error.__cause__}"
+        ) from error
     except OSError as error:
         raise LoadError(
             f"the offload folder {path.parent} cannot be made: {error.strerror}", errno=error.errno
@@ -155,7 +158,12 @@ def _place(path: Path, payload_begin: int, entry: TensorEntry, wanted: torch.dty
     if layout.is_plain:
         section = next(section for section in entry.sections if section.name == DENSE_SECTION)
         return StoredTensor(
-            path, payload_begin + section.begin, section.end - section.begin, layout.shape, layout.dtype, wanted
+            path,
+            payload_begin + section.begin,
+            section.end - section.begin,
+            layout.shape,
+            layout.dtype,
+            wanted,
         )
     sections = tuple((section.name, section.begin - begin) for section in entry.sections)
     return StoredTensor(
@@ -183,7 +191,7 @@ def write_index(folder: Path, places: Mapping[str, StoredTensor], *, names: Mapp
         if stored.layout is None and stored.file.suffix == ".safetensors"
     }
     try:
-        os.makedirs(folder, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
     except (ConvertError, OSError) as error:
         raise LoadError(f"the offload folder {folder} cannot be written: {error}") from error

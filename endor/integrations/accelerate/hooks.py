@@ -1,10 +1,12 @@
 """Hooks with accelerate's names and effects, whose weights come in time and leave in every case.
 
 A module's forward is replaced by one that calls its hook before and after. That is what code written for
-accelerate looks for (`_hf_hook`, `_old_forward`), so it stays; what is behind it changes: an exception takes the
-weights out again, threads take turns, a hooked model can be copied and pickled, weights on disk are read ahead,
-and those in memory are used in place.
+accelerate looks for (`_hf_hook`, `_old_forward`), so it stays; what is behind it changes: an exception takes
+the weights out again, threads take turns, a hooked model can be copied and pickled, weights on disk are read
+ahead, and those in memory are used in place.
 """
+
+# ruff: noqa: PLR0917 - accelerate's signatures take everything by position
 
 from __future__ import annotations
 
@@ -48,18 +50,19 @@ _MOVERS = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """`torch.compiler.disable` at the first call: it imports the compiler, which takes seconds."""
-    disabled: list[Callable[P, R]] = []
+    disabled: list[Any] = []
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         if not disabled:
             disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args, **kwargs)
+        result: R = disabled[0](*args, **kwargs)
+        return result
 
     return wrapper
 
 
-class SequentialHook(theirs.SequentialHook):
+class SequentialHook(theirs.SequentialHook):  # type: ignore[misc]  # accelerate has no types
     """Several hooks as one."""
 
     def abort_forward(self, module: nn.Module) -> None:
@@ -104,7 +107,7 @@ def _hook_forward(module: nn.Module, old_forward: Callable[..., Any]) -> HookedF
     return hooked
 
 
-def add_hook_to_module(module: nn.Module, hook: ModelHook, append: bool = False) -> nn.Module:  # noqa: FBT001, FBT002
+def add_hook_to_module(module: nn.Module, hook: ModelHook, append: bool = False) -> nn.Module:
     """Run `hook` around every forward of `module`, in place of the hook it has, or after it with `append`.
 
     Returns the module, which is changed in place.
@@ -130,7 +133,7 @@ def _set_forward(module: nn.Module, forward: Any) -> None:
     target.forward = forward
 
 
-def remove_hook_from_module(module: nn.Module, recurse: bool = False) -> nn.Module:  # noqa: FBT001, FBT002
+def remove_hook_from_module(module: nn.Module, recurse: bool = False) -> nn.Module:
     """Undo `add_hook_to_module`, and what `dispatch_model` put on the module. Returns the module."""
     if hasattr(module, "_hf_hook"):
         hook: Any = module._hf_hook
@@ -161,21 +164,26 @@ def remove_hook_from_submodules(module: nn.Module) -> None:
     remove_hook_from_module(module, recurse=True)
 
 
-class AlignDevicesHook(theirs.AlignDevicesHook):
+class AlignDevicesHook(theirs.AlignDevicesHook):  # type: ignore[misc]  # as above
     """Brings a module's weights and inputs to where it runs, and takes the weights away afterwards.
 
     Arguments and attributes are those of accelerate's class of this name. A hook made by `dispatch_model` and
     its relatives shares an `OffloadState` with the others; one made by hand has its own.
     """
 
+    weights_map: Mapping[str, torch.Tensor] | None
+    tied_params_map: dict[int, dict[torch.device, torch.Tensor]] | None
+    tied_params_names: set[str]
+    io_same_device: bool
+
     def __init__(
         self,
         execution_device: Device | None = None,
-        offload: bool = False,  # noqa: FBT001, FBT002 - accelerate's signature
-        io_same_device: bool = False,  # noqa: FBT001, FBT002
+        offload: bool = False,
+        io_same_device: bool = False,
         weights_map: Mapping[str, torch.Tensor] | None = None,
-        offload_buffers: bool = False,  # noqa: FBT001, FBT002
-        place_submodules: bool = False,  # noqa: FBT001, FBT002
+        offload_buffers: bool = False,
+        place_submodules: bool = False,
         skip_keys: str | list[str] | None = None,
         tied_params_map: dict[int, dict[torch.device, torch.Tensor]] | None = None,
     ) -> None:
@@ -228,7 +236,8 @@ class AlignDevicesHook(theirs.AlignDevicesHook):
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Place the module's tensors, or put placeholders where they were."""
         if not self.offload:
-            return super().init_hook(module)
+            placed: nn.Module = super().init_hook(module)
+            return placed
         self.original_devices = {
             name: owner_tensor.device for _, _, name, owner_tensor in self._slots(module, every=True)
         }
@@ -252,8 +261,7 @@ class AlignDevicesHook(theirs.AlignDevicesHook):
         offloaded = {name for _, _, name, _ in self._slots(module)}
         for name, buffer in module.named_buffers(recurse=self.place_submodules):
             if name not in offloaded:
-                known = self.weights_map is not None and buffer.device.type == "meta" and name in self.weights_map
-                value = self.weights_map[name] if known else None
+                value = (self.weights_map or {}).get(name) if buffer.device.type == "meta" else None
                 set_module_tensor_to_device(
                     module, name, self.execution_device, value=value, tied_params_map=self.tied_params_map
                 )
@@ -295,7 +303,7 @@ class AlignDevicesHook(theirs.AlignDevicesHook):
         if self._depth > 1:  # called again inside its own forward: everything is there
             return self._moved(args), self._moved(kwargs, self.skip_keys)
         self._state.loaded[id(self)] = self
-        if not self._runs_on_cpu:
+        if not self.runs_on_cpu:
             return self._load_to_device(module, args, kwargs)
         args, kwargs = self._moved(args), self._moved(kwargs, self.skip_keys)
         self._load_in_place(module, args)
@@ -308,7 +316,7 @@ class AlignDevicesHook(theirs.AlignDevicesHook):
             self._depth = max(0, self._depth - 1)
             if not self._depth:
                 output = self._detached_from_ring(output)
-                if not self._runs_on_cpu:
+                if not self.runs_on_cpu:
                     self._forget_tied(module)
                 self.unload()
         if self.io_same_device and self.input_device is not None:
@@ -318,7 +326,7 @@ class AlignDevicesHook(theirs.AlignDevicesHook):
 
     def abort_forward(self, module: nn.Module) -> None:
         """After a forward that raised: as if it had never begun."""
-        if self.offload and not self._runs_on_cpu:
+        if self.offload and not self.runs_on_cpu:
             self._forget_tied(module)
         self.unload()
         self._leave(complete=False)
@@ -357,13 +365,14 @@ class AlignDevicesHook(theirs.AlignDevicesHook):
         self._state.turn.leave()
 
     @property
-    def _runs_on_cpu(self) -> bool:
+    def runs_on_cpu(self) -> bool:
+        """Whether weights are used where they are, or have to be copied to a device."""
         device = self.execution_device
         return device is None or (not isinstance(device, int) and torch.device(device).type == "cpu")
 
     def _moved(self, value: Any, skip_keys: str | list[str] | None = None) -> Any:
         device = self.execution_device
-        if device is None or (self._runs_on_cpu and _is_on_cpu(value, _as_set(skip_keys))):
+        if device is None or (self.runs_on_cpu and _is_on_cpu(value, _as_set(skip_keys))):
             return value
         return send_to_device(value, device, skip_keys=skip_keys)
 
@@ -375,9 +384,9 @@ class AlignDevicesHook(theirs.AlignDevicesHook):
             return weights
         if self._by_rows and args and isinstance(args[0], torch.Tensor):
             stream.expect_rows(self._group, args[0].numel())
-        loaded = stream.load(self._group, keep=torch.is_grad_enabled() and self._runs_on_cpu)
+        loaded = stream.load(self._group, keep=torch.is_grad_enabled() and self.runs_on_cpu)
         self._holds_group = True
-        return ChainMap(loaded, weights)  # type: ignore[arg-type] - read only
+        return ChainMap(loaded, weights)  # type: ignore[arg-type]  # only read
 
     def _load_in_place(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         values = self._values(args)
@@ -408,13 +417,14 @@ class AlignDevicesHook(theirs.AlignDevicesHook):
                 self._placed.append((holder, leaf, standing))
         io_same_device, self.io_same_device = self.io_same_device, False
         weights, ties = self.weights_map, self.tied_params_map
-        names, self.tied_params_names = self.tied_params_names, self.tied_params_names
+        names = self.tied_params_names
         try:
-            self.weights_map = self._values(args)  # type: ignore[assignment]
+            self.weights_map = self._values(args)
             if self._holds_group:
                 # Staging memory has addresses that a tied weight may have had before: they say nothing.
                 self.tied_params_map, self.tied_params_names = None, set()
-            return super().pre_forward(module, *args, **kwargs)
+            moved: tuple[Any, Any] = super().pre_forward(module, *args, **kwargs)
+            return moved
         finally:
             self.weights_map, self.tied_params_map, self.tied_params_names = weights, ties, names
             self.io_same_device = io_same_device
@@ -433,24 +443,27 @@ class AlignDevicesHook(theirs.AlignDevicesHook):
             state: Any = module.state
             state.SCB = state.CxB = None
 
-    def _statistics(self, name: str, value: torch.Tensor) -> torch.Tensor | None:
+    def _statistics(self, name: str, value: torch.Tensor) -> Any:
         """The scales that bitsandbytes keeps beside an int8 weight."""
         scales = name.replace("weight", "SCB")
         if value.dtype != torch.int8 or "weight" not in name or self.weights_map is None:
             return None
-        found: torch.Tensor | None = self.weights_map.get(scales)
-        return found
+        return self.weights_map.get(scales)
 
     def _detached_from_ring(self, output: Any) -> Any:
         """An output that is a view of a weight gets memory of its own: the weight's is another's soon."""
         stream = self._state.stream
-        if not self._holds_group or stream is None or stream.mode != "ring" or not self._runs_on_cpu:
+        if not self._holds_group or stream is None or stream.mode != "ring" or not self.runs_on_cpu:
             return output
         if isinstance(output, torch.Tensor):
             return output.clone() if stream.is_volatile(output) else output
         return recursively_apply(torch.clone, output, test_type=_volatile_test(stream.is_volatile))
 
     # Detaching.
+
+    def forget_weights(self) -> None:
+        """Before another hook takes over: detaching restores nothing."""
+        self.weights_map = None
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Give the module its tensors back, where it had any."""
@@ -501,7 +514,7 @@ class AlignDevicesHook(theirs.AlignDevicesHook):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._start()
-        vars(self).update(state)
+        self.__dict__.update(state)
 
 
 def align_hooks(module: nn.Module) -> list[AlignDevicesHook]:

@@ -54,8 +54,8 @@ def install() -> Installation:
         with endor.integrations.accelerate.install():             # or for a while
             model = AutoModelForCausalLM.from_pretrained(name, device_map={"": "disk"})
 
-    Functions that a program imported by name itself (`from accelerate import disk_offload`) before the call are
-    its own and stay what they are.
+    Functions that a program imported by name itself (`from accelerate import disk_offload`) before the call
+    are its own and stay what they are.
     """
     ours = _ours()
     for name in _USERS:
@@ -70,7 +70,7 @@ def install() -> Installation:
 
 
 def _ours() -> Mapping[str, Any]:
-    from endor.integrations.accelerate import dispatch, checkpoint
+    from endor.integrations.accelerate import checkpoint, dispatch
 
     homes = (dispatch, checkpoint)
     return {name: next(vars(home)[name] for home in homes if name in home.__all__) for name in _REPLACED}

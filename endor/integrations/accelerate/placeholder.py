@@ -54,9 +54,9 @@ class OffloadedParameter(OffloadedTensor, nn.Parameter):
     """The placeholder of a parameter. Made from a tensor with data, it is an ordinary parameter: that is how
     others, who keep the class of what they replace, put a weight in its place."""
 
-    def __new__(cls, data: torch.Tensor | None = None, requires_grad: bool = True) -> Self:  # noqa: FBT001, FBT002
+    def __new__(cls, data: torch.Tensor | None = None, requires_grad: bool = True) -> Self:
         if data is None or data.device != _META:
-            return nn.Parameter(data, requires_grad)  # type: ignore[return-value]
+            return nn.Parameter(data, requires_grad)  # type: ignore[return-value, arg-type]
         plain = data.detach().as_subclass(torch.Tensor)
         return torch.Tensor._make_subclass(cls, plain, requires_grad)
 
@@ -84,8 +84,8 @@ def _make(
 def _rebuild(
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    requires_grad: bool,  # noqa: FBT001 - pickle gives arguments by position
-    parameter: bool,  # noqa: FBT001
+    requires_grad: bool,
+    parameter: bool,
     name: str,
 ) -> torch.Tensor:
     return _make(shape, dtype, requires_grad=requires_grad, parameter=parameter, name=name)
@@ -118,7 +118,7 @@ def _message(tensors: Sequence[torch.Tensor], func: Callable[..., Any]) -> str:
     name = _name_of(tensors)
     operation = getattr(func, "__name__", str(func))
     return (
-        f"{operation}: the weight {name!r} is offloaded and was used while it is not in memory. A weight is there "
-        "during its own module's forward only; where another module uses it directly, name the class of that "
-        "module in preload_module_classes"
+        f"{operation}: the weight {name!r} is offloaded and was used while it is not in memory. A weight is "
+        "there during its own module's forward only; where another module uses it directly, name that "
+        "module's class in preload_module_classes"
     )

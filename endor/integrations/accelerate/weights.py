@@ -21,7 +21,7 @@ __all__ = ["INDEX_NAME", "OffloadedWeightsLoader", "locate_index", "read_index"]
 INDEX_NAME = "index.json"
 
 
-class OffloadedWeightsLoader(theirs.OffloadedWeightsLoader):
+class OffloadedWeightsLoader(theirs.OffloadedWeightsLoader):  # type: ignore[misc]  # accelerate has no types
     """A mapping from names to weights, in memory or on disk.
 
     Arguments are those of accelerate's class of this name; `stored` names places on disk directly. A value
@@ -38,7 +38,9 @@ class OffloadedWeightsLoader(theirs.OffloadedWeightsLoader):
         stored: Mapping[str, StoredTensor] | None = None,
     ) -> None:
         if stored is None and state_dict is None and save_folder is None and index is None:
-            raise ValueError("Need either a `state_dict`, a `save_folder` or an `index` containing offloaded weights.")
+            raise ValueError(
+                "Need either a `state_dict`, a `save_folder` or an `index` containing offloaded weights."
+            )
         self.state_dict = {} if state_dict is None else state_dict
         self.save_folder = save_folder
         if index is None and save_folder is not None and stored is None:
@@ -112,7 +114,9 @@ def locate_index(
             tables[path] = locate_safetensors(path)
         stored = tables[path].get(row.get("weight_name", name))
         if stored is None:
-            raise LoadError(f"{path}: expected a tensor {row.get('weight_name', name)!r} for {name!r}, found none")
+            raise LoadError(
+                f"{path}: expected a tensor {row.get('weight_name', name)!r} for {name!r}, found none"
+            )
         places[name] = stored.converted(_dtype(row["dtype"])) if "dtype" in row else stored
     return places
 
