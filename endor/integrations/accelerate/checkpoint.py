@@ -239,11 +239,9 @@ def _torch_load(path: Path) -> dict[str, torch.Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror}", errno=error.errno) from error
-    tensors = loaded if isinstance(loaded, dict) else None
-    if tensors is None:
-        found = type(loaded).__name__
-        raise FormatError(f"{path}: expected a state dict, found a {found}")
-    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    if not isinstance(loaded, dict):
+        raise FormatError(f"{path}: expected a state dict, found a {type(loaded).__name__}")  # noqa: TRY004
+    return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
 
 
 @dataclass

@@ -189,7 +189,7 @@ def dispatch_model(
         LoadError: a file cannot be written or read.
     """
     accelerate.big_modeling.check_device_map(
-        model, device_map
+        model, dict(device_map)
     )  # there, because transformers replaces it there
     devices = list(dict.fromkeys(device_map.values()))
     if len(devices) > 1 or "disk" in devices or force_hooks or _is_immovable(model):
