@@ -16,7 +16,7 @@ import transformers
 
 from endor.cli.options import format_size, say
 from endor.errors import LoadError, PlanError
-from endor.runtime import RunStats, Runtime, load, runtime_of
+from endor.runtime import RunStats, Runtime, Trace, load, runtime_of
 
 __all__ = ["Generation", "Session", "SessionOptions"]
 
@@ -35,6 +35,8 @@ class SessionOptions:
     depth: int
     dtype: torch.dtype | None
     matmul: str
+    verify: str
+    trace: Path | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class Session:
         transformers.utils.logging.set_verbosity_error()
         say(f"loading {directory}", quiet=quiet)
         began = perf_counter()
+        self._trace = Trace() if options.trace else None
+        if self._trace is not None and options.trace is not None:
+            self._trace.save(options.trace)  # a file that cannot be written is found now, not afterwards
         self.model = load(
             directory,
             device=options.device,
@@ -91,6 +96,8 @@ class Session:
             depth=options.depth,
             dtype=options.dtype,
             matmul=options.matmul,
+            verify=options.verify,
+            trace=self._trace,
         )
         self.runtime = runtime_of(self.model)
         if not self.model.can_generate():
@@ -118,6 +125,8 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.runtime.close()
+        if self._trace is not None and self.options.trace is not None:
+            self._trace.save(self.options.trace)
 
     def encode(self, text: str) -> torch.Tensor:
         """Token ids of a prompt, int64 [1, tokens]."""
@@ -212,6 +221,8 @@ def _describe(runtime: Runtime) -> str:
     tiers = runtime.placement.counts()
     dense = format_size(runtime.dense_bytes)
     text = f"{tiers['host']} blocks in memory, {tiers['disk']} streamed, {dense} dense (embeddings, norms)"
+    if runtime.in_parts:
+        text += f", {runtime.in_parts}"
     if runtime.streamed_bytes:
         per_token, buffers = format_size(runtime.streamed_bytes), format_size(runtime.ring_bytes)
         text += f" ({per_token} per token, {buffers} of buffers)"

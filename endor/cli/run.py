@@ -95,6 +95,19 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
     "the dense pruned model to the last bit.",
 )
 @click.option(
+    "--verify",
+    type=click.Choice(["first", "always", "never"]),
+    default="first",
+    show_default=True,
+    help="When weights are compared with their checksums: when they are first read, every time, or never.",
+)
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write what happened when to FILE, a Chrome trace for ui.perfetto.dev.",
+)
+@click.option(
     "--stats", is_flag=True, help="Print a table: tokens/s, bytes per tier, where the time went, memory."
 )
 @common_options

@@ -6,5 +6,6 @@ from endor.runtime.load import load, runtime_of
 from endor.runtime.placement import Placement, plan_placement
 from endor.runtime.stats import RunStats
 from endor.runtime.streaming import Runtime
+from endor.runtime.trace import Trace
 
-__all__ = ["Placement", "RunStats", "Runtime", "load", "plan_placement", "runtime_of"]
+__all__ = ["Placement", "RunStats", "Runtime", "Trace", "load", "plan_placement", "runtime_of"]

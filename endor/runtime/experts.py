@@ -125,7 +125,7 @@ class ExpertCache:
             self._abandon(key)
             raise
         finally:
-            self._stats.stall_s += perf_counter() - began_s
+            self._stats.stalled(unit.name, perf_counter() - began_s)
         self._stats.disk_bytes += unit.total_bytes
         slot.tickets = []
         places = zip(unit.op_offsets, unit.ops, strict=True)

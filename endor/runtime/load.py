@@ -13,7 +13,7 @@ from endor.checkpoint import Checkpoint
 from endor.errors import PlanError
 from endor.formats import CheckpointReader
 from endor.kernels.linear import check_matmul
-from endor.loaders import READER_NAMES, available_bytes, choose_reader
+from endor.loaders import READER_NAMES, Reader, available_bytes, choose_reader
 from endor.runtime.install import dense_bytes, install_weights, stored_dtype
 from endor.runtime.place import place
 from endor.runtime.placement import Placement
@@ -21,6 +21,7 @@ from endor.runtime.scratch import DecodeScratch
 from endor.runtime.skeleton import build_skeleton, check_complete
 from endor.runtime.stats import StatsRecorder
 from endor.runtime.streaming import Runtime, WeightBlock
+from endor.runtime.trace import Trace, TracedReader
 
 __all__ = ["load", "runtime_of"]
 
@@ -40,6 +41,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     verify: str = "first",
     matmul: str = "auto",
+    trace: Trace | None = None,
 ) -> Any:
     """Load a converted model so that it runs with only a part of it in memory.
 
@@ -57,6 +59,7 @@ def load(
         matmul: `auto` multiplies straight from the compressed weights where that is faster, which adds in
             another order and so may change the last bits of the logits; `decode` gives those of the dense
             pruned model, bit for bit.
+        trace: collects what happens when, to be saved and looked at in Perfetto.
 
     Returns:
         The transformers model; `model.generate` works, `model.endor_stats()` gives totals, and
@@ -72,7 +75,7 @@ def load(
     wanted = _check_options(device=device, reader=reader, depth=depth, host_memory=host_memory, dtype=dtype)
     if verify not in _VERIFY:
         raise PlanError(f"verify must be one of {', '.join(_VERIFY)}, found {verify!r}")
-    stats = StatsRecorder()
+    stats = StatsRecorder(trace)
     with torch.device("cpu"), Checkpoint(directory) as checkpoint:
         model = build_skeleton(checkpoint.directory, dtype=wanted, stored=stored_dtype(checkpoint))
         _check_room(checkpoint)
@@ -88,7 +91,7 @@ def load(
         model,
         list(plan.blocks),
         plan.placement,
-        reader=choose_reader(reader).reader,
+        reader=_reader(reader, trace),
         scratch=scratch,
         stats=stats,
         depth=depth,
@@ -107,6 +110,11 @@ def runtime_of(model: nn.Module) -> Runtime:
     if not isinstance(runtime, Runtime):
         raise PlanError(f"this {type(model).__name__} was not loaded by endor.load, or its runtime is closed")
     return runtime
+
+
+def _reader(name: str, trace: Trace | None) -> Reader:
+    reader = choose_reader(name).reader
+    return reader if trace is None else TracedReader(reader, trace)
 
 
 def _default_host_bytes() -> int:

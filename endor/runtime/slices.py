@@ -158,7 +158,7 @@ class TiledSource(SliceSource):
             reports = [self._reader.wait(ticket) for ticket in tickets]
         self._stats.on_demand_read_s += sum(report.read_s for report in reports)
         self._stats.disk_bytes += at
-        self._stats.stall_s += perf_counter() - began_s
+        self._stats.stalled(self._rows.name, perf_counter() - began_s)
         return out
 
     def tiles(self) -> Iterator[tuple[int, PackedTensor]]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
 
+from endor.runtime.trace import Trace
+
 __all__ = ["KEPT_FORWARDS", "RunStats", "StatsRecorder", "anonymous_bytes"]
 
 KEPT_FORWARDS = 4096
@@ -58,9 +60,14 @@ class RunStats:
 
 class StatsRecorder:
     """Counts while a model runs; `snapshot` gives the totals. Owned by one runtime, used by one thread at a
-    time."""
+    time.
 
-    def __init__(self) -> None:
+    Args:
+        trace: where everything is noted as it happens.
+    """
+
+    def __init__(self, trace: Trace | None = None) -> None:
+        self.trace = trace
         self.forwards = 0
         self.wall_s = 0.0
         self.read_s = 0.0
@@ -81,7 +88,21 @@ class StatsRecorder:
         try:
             yield
         finally:
-            self.decode_s += perf_counter() - began
+            ended = perf_counter()
+            self.decode_s += ended - began
+            self.note("decode", "decode", began, ended)
+
+    def stalled(self, name: str, stall_s: float) -> None:
+        """Count a wait for `name` that has just ended."""
+        self.stall_s += stall_s
+        if self.trace is not None:
+            now = perf_counter()
+            self.note("stall", name, now - stall_s, now)
+
+    def note(self, track: str, name: str, began_s: float, ended_s: float) -> None:
+        """Add an event to the trace, if there is one."""
+        if self.trace is not None:
+            self.trace.add(track, name, began_s, ended_s)
 
     def begin_forward(self) -> None:
         self._before = self.snapshot()
@@ -89,7 +110,9 @@ class StatsRecorder:
 
     def end_forward(self) -> None:
         self.forwards += 1
-        self.wall_s += perf_counter() - self._began_s
+        ended = perf_counter()
+        self.wall_s += ended - self._began_s
+        self.note("forward", f"forward {self.forwards}", self._began_s, ended)
         self.per_forward.append(self.snapshot() - self._before)
         self.sample_memory()
 

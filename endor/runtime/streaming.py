@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
@@ -199,6 +200,7 @@ class Runtime:
         self._turn = ThreadTurn()
         self._inside: list[WeightBlock] = []
         self._handles: list[RemovableHandle] = []
+        self._entered_s: dict[str, float] = {}
         self._resident = self._load_resident()
         self._prefetcher: Prefetcher | None = None
         self._expert_cache: ExpertCache | None = None
@@ -388,6 +390,8 @@ class Runtime:
                 self._after(block.module, _Hook(self, Runtime._release, block))
             elif not block.table:
                 self._before(block.module, _Hook(self, Runtime._use_resident, block))
+                if self._stats.trace is not None:
+                    self._after(block.module, _Hook(self, Runtime._note_block, block))
         for layer, stacks in enumerate(self._experts):
             hook = _ExpertsHook(self, layer)
             self._handles.append(
@@ -429,21 +433,27 @@ class Runtime:
         self._inside.append(block)
         lease = self._prefetcher.acquire(unit_index)
         self._leases.append((block, lease))
-        self._stats.stall_s += lease.stall_s
+        self._stats.stalled(block.name, lease.stall_s)
         self._stats.disk_bytes += lease.unit.total_bytes
+        self._entered_s[block.name] = perf_counter()
         block.attach([lease.op_tensor(i) for i in range(len(lease.unit.ops))])
 
     def _use_resident(self, block: WeightBlock) -> None:
         self._stats.host_bytes += block.nbytes
+        self._entered_s[block.name] = perf_counter()
 
     def _release(self, block: WeightBlock) -> None:
         for held in [pair for pair in self._leases if pair[0] is block]:
             self._leases.remove(held)
             block.detach()
             held[1].release()
+            self._note_block(block)
         if block in self._inside:
             self._inside.remove(block)
             self._turn.leave()
+
+    def _note_block(self, block: WeightBlock) -> None:
+        self._stats.note("block", block.name, self._entered_s[block.name], perf_counter())
 
     @contextmanager
     def _lease_tile(self, unit_index: int) -> Iterator[Sequence[torch.Tensor]]:
@@ -452,7 +462,7 @@ class Runtime:
         self._turn.enter()
         try:
             with self._prefetcher.acquire(unit_index) as lease:
-                self._stats.stall_s += lease.stall_s
+                self._stats.stalled(lease.unit.name, lease.stall_s)
                 self._stats.disk_bytes += lease.unit.total_bytes
                 yield [lease.op_tensor(i) for i in range(len(lease.unit.ops))]
         finally:
