@@ -12,15 +12,16 @@ template <int kPlanes, int kXRows, int... kBlock>
 ENDOR_TARGET inline void dot_records(std::integer_sequence<int, kBlock...>, RecordCursor* records,
                                      const uint8_t* const* bitmaps, int64_t words, PreparedX x, float* sums) {
     using X = typename Isa::X;
-    constexpr uintptr_t kAheadBytes = 4096;
     constexpr int kBlocks = sizeof...(kBlock);
+    const Ahead ahead[kBlocks] = {Ahead(records[kBlock])...};
     typename Isa::Sums first[kBlocks][kXRows] = {}, second[kBlocks][kXRows] = {};
     Cursor512<kPlanes, false> cursors[kBlocks] = {Cursor512<kPlanes, false>(records[kBlock])...};
     const uint8_t* columns_of_x = x.data;
     for (int64_t i = 0; i < words; ++i, columns_of_x += kWordBits * sizeof(X)) {
         for (int b = 0; b < kBlocks; ++b) {
             const RecordCursor& at = cursors[b].record();
-            fetch_ahead(reinterpret_cast<uintptr_t>(at.sign_mantissa) + static_cast<uintptr_t>(at.value), kAheadBytes);
+            ahead[b].template fetch<false>(at, at.value);
+            Ahead::fetch_line(reinterpret_cast<uintptr_t>(bitmaps[b]) + static_cast<uintptr_t>(i + words * kBlocks) * 8);
             const Weights512 weights = cursors[b].next(matmul_word(bitmaps[b] + i * 8));
             for (int m = 0; m < kXRows; ++m) {
                 const X* from = reinterpret_cast<const X*>(columns_of_x + m * x.stride_bytes);
