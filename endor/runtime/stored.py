@@ -193,7 +193,7 @@ def _unwritten_mappings() -> Iterator[_Mapping]:
     for line, following in zip(lines, [*lines[1:], None], strict=True):
         begin, end, rights, offset, major, minor, inode, path = line.groups()
         counts = text[line.end() : following.start() if following else len(text)]
-        untouched = re.search(r"^Anonymous: +0 kB$", counts, re.MULTILINE)
-        if path.endswith(".safetensors") and rights.endswith("p") and untouched:
+        written = re.search(r"^Anonymous: +(\d+) kB$", counts, re.MULTILINE)  # the first is this mapping's
+        if path.endswith(".safetensors") and rights.endswith("p") and written and written[1] == "0":
             device = os.makedev(int(major, 16), int(minor, 16))
             yield _Mapping(int(begin, 16), int(end, 16), int(offset, 16), device, int(inode), Path(path))

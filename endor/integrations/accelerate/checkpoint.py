@@ -240,7 +240,7 @@ def _torch_load(path: Path) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror}", errno=error.errno) from error
     if not isinstance(loaded, dict):
-        raise FormatError(f"{path}: expected a state dict, found a {type(loaded).__name__}")  # noqa: TRY004
+        raise FormatError(f"{path}: expected a state dict, found a {type(loaded).__name__}")
     return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
 
 
@@ -416,7 +416,7 @@ def _dtype_of(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(dtype, str):
         found = getattr(torch, dtype.removeprefix("torch."), None)
         if not isinstance(found, torch.dtype):
-            raise ValueError(f"{dtype!r} is not a dtype of torch")
+            raise ValueError(f"{dtype!r} is not a dtype of torch")  # noqa: TRY004 - as torch does for names
         return found
     return dtype
 
