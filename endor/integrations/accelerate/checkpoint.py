@@ -23,7 +23,6 @@ from accelerate.utils import (
     find_tied_parameters,
     get_balanced_memory,
     infer_auto_device_map,
-    retie_parameters,
     set_module_tensor_to_device,
 )
 from accelerate.utils.modeling import (
@@ -35,7 +34,7 @@ from safetensors import safe_open
 from torch import nn
 
 from endor.errors import FormatError, LoadError
-from endor.integrations.accelerate.dispatch import dispatch_model, recall_places, remember_places
+from endor.integrations.accelerate.dispatch import dispatch_model, recall_places, remember_places, retie
 from endor.integrations.accelerate.folder import write_index, write_weights
 from endor.integrations.accelerate.hooks import Device
 from endor.integrations.accelerate.placeholder import placeholder
@@ -197,8 +196,8 @@ def load_checkpoint_in_model(
     loading = _Loading(model, device_map, wanted, tuple(keep_in_fp32_modules or ()), offload_buffers)
     for file in files:
         loading.take(file)
-    loading.finish(None if offload_folder is None else Path(offload_folder))
-    retie_parameters(model, ties)
+    loading.finish(None if offload_folder is None else Path(offload_folder), ties)
+    retie(model, ties)
 
 
 class _CheckpointFile:
@@ -271,17 +270,28 @@ class _Loading:
         for name, tensor in file.items([name for name in names if devices[name] != "disk"]):
             self._place(name, tensor if file.is_safetensors else tensor.clone(), devices[name])
 
-    def finish(self, folder: Path | None) -> None:
+    def finish(self, folder: Path | None, ties: Iterable[Iterable[str]]) -> None:
         """Write what is not in safetensors files; note for the dispatch where everything is."""
         if self._unwritten and folder is not None:
             written = write_weights(folder, self._unwritten)
             self._places.update(
                 {name: place.converted(self._places_dtype(name)) for name, place in written.items()}
             )
+        for group in ties:
+            self._leave_with_its_tie(list(group))
         if self._places:
             remember_places(self.model, self._places)
         if folder is not None and self._places:
             write_index(folder, recall_places(self.model), names={})
+
+    def _leave_with_its_tie(self, group: list[str]) -> None:
+        """A checkpoint has a tied weight under one of its names; the others are in the same place."""
+        found = next((name for name in group if name in self._places), None)
+        for name in group if found is not None else ():
+            self._places.setdefault(name, self._places[found])
+            standing = _tensor(self.model, name)
+            if standing.device.type != "meta":
+                _replace(self.model, name, placeholder(standing, name=name))
 
     def _places_dtype(self, name: str) -> torch.dtype:
         return _tensor(self.model, name).dtype

@@ -54,6 +54,7 @@ __all__ = [
     "offload_stats",
     "recall_places",
     "remember_places",
+    "retie",
 ]
 
 logger = logging.getLogger("accelerate.big_modeling")
@@ -96,7 +97,7 @@ def cpu_offload(
         state_dict = _values_of(model)
     ties = find_tied_parameters(model)
     _attach_all(model, device, state_dict, offload_buffers, preload_module_classes)
-    _retie(model, ties)
+    retie(model, ties)
     _connect(model, OffloadState(), {})
     return model
 
@@ -149,7 +150,7 @@ def disk_offload(
     places = _put_on_disk(model, names, Path(offload_dir), encode=encode)
     weights = OffloadedWeightsLoader(stored=places)
     _attach_all(model, device, weights, offload_buffers, preload_module_classes)
-    _retie(model, ties)
+    retie(model, ties)
     _connect(model, OffloadState(), places)
     return model
 
@@ -273,7 +274,7 @@ def _dispatch(
     where = " and ".join(sorted({str(d) for d in device_map.values()} & {"cpu", "disk"}))
     if where:
         logger.warning("Some parameters are on the meta device because they were offloaded to the %s.", where)
-    _retie(model, ties)
+    retie(model, ties)
     _connect(model, OffloadState(), places)
     _guard_moves(model)
 
@@ -523,7 +524,7 @@ def _check_fits(name: str, stored: StoredTensor, tensor: torch.Tensor) -> None:
 # Hooking.
 
 
-def _retie(model: nn.Module, ties: list[list[str]]) -> None:
+def retie(model: nn.Module, ties: list[list[str]]) -> None:
     """Make tied names one parameter again, or one placeholder where all of them are offloaded."""
     retie_parameters(model, ties)
     for group in ties:
