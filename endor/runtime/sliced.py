@@ -94,13 +94,9 @@ class SlicedWeight(BitmapTensor):
         kwargs = kwargs or {}
         weight = _weight_of(func, args)
         if weight is not None and not (torch.is_grad_enabled() and _requires_grad(args)):
-            source = weight.source
-            if func is F.embedding and source.has_rows:
-                return _embedding(weight, *args, **kwargs)
-            if func is F.linear and source.has_tiles:
-                return _linear(args[0], weight, *args[2:], **kwargs)
-            if func is _GET_ITEM and source.has_matrices and (index := _as_index(args[1])) is not None:
-                return _matrix(weight, index)
+            done = _by_parts(func, weight, args, kwargs)  # pyright: ignore - it does not see through the decorator
+            if done is not None:
+                return done
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -108,6 +104,21 @@ def _weight_of(func: Callable[..., Any], args: tuple[Any, ...]) -> SlicedWeight 
     position = 0 if func is _GET_ITEM else 1
     found = args[position] if func in _BY_PARTS and len(args) > position else None
     return found if isinstance(found, SlicedWeight) and not found.is_attached else None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _by_parts(
+    func: Callable[..., Any], weight: SlicedWeight, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> torch.Tensor | None:
+    """What `func` gives, or None where the weight's source has no such parts."""
+    source = weight.source
+    if func is F.embedding and source.has_rows:
+        return _embedding(weight, *args, **kwargs)
+    if func is F.linear and source.has_tiles:
+        return _linear(args[0], weight, *args[2:], **kwargs)
+    if func is _GET_ITEM and source.has_matrices and (index := _as_index(args[1])) is not None:
+        return _matrix(weight, index)
+    return None
 
 
 def _requires_grad(args: tuple[Any, ...]) -> bool:
@@ -123,7 +134,6 @@ def _as_index(index: Any) -> int | None:
     return None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _embedding(
     weight: SlicedWeight, indices: torch.Tensor, _: SlicedWeight, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
@@ -143,7 +153,6 @@ def _embedding(
     return F.embedding(places, table)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _linear(x: torch.Tensor, weight: SlicedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(rows.shape[0], weight.shape[0])
@@ -153,7 +162,6 @@ def _linear(x: torch.Tensor, weight: SlicedWeight, bias: torch.Tensor | None = N
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _matrix(weight: SlicedWeight, index: int) -> torch.Tensor:
     count = weight.shape[0]
     if not -count <= index < count:

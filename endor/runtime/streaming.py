@@ -522,8 +522,11 @@ class _ExpertsHook:
         self._runtime = weakref.ref(runtime)
         self._layer = layer
 
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._run(args, kwargs)  # pyright: ignore[reportCallIssue] - it does not see through the decorator
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         runtime = self._runtime()
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         chosen = next((t for t in tensors if t.dtype in (torch.int64, torch.int32)), None)
