@@ -52,34 +52,37 @@ class ReaderChoice(NamedTuple):
     reason: str
 
 
-def choose_reader(name: str = "auto", *, device_memory: bool = False) -> ReaderChoice:
+def choose_reader(
+    name: str = "auto", *, device_memory: bool = False, file: Path | None = None
+) -> ReaderChoice:
     """Open the reader called `name`; `auto` takes the fastest one known to work here.
 
     Args:
         name: one of `READER_NAMES`.
         device_memory: whether blocks are to be read into GPU memory.
+        file: one of the files to be read, because GPUDirect Storage depends on the file system.
 
     Raises:
         PlanError: there is no such reader, or it cannot serve here; the message says why.
     """
     if name == "auto":
-        return _choose_automatically(device_memory=device_memory)
+        return _choose_automatically(device_memory=device_memory, file=file)
     if name == "posix":
         return ReaderChoice(PosixReader(), "asked for")
     if name == "mmap":
         return ReaderChoice(MmapReader(), "asked for; posix was measured faster")
     if name == "kvikio":
-        found = probe_kvikio()
+        found = probe_kvikio(file)
         if not found.serves_host or (device_memory and not found.serves_device):
             raise PlanError(f"reader kvikio cannot serve here: {found.reason}; use auto or posix")
         return ReaderChoice(KvikioReader(gds=found.serves_gds), f"asked for; {found.reason}")
     raise PlanError(f"reader {name!r} is unknown; use {', '.join(READER_NAMES)}")
 
 
-def _choose_automatically(*, device_memory: bool) -> ReaderChoice:
+def _choose_automatically(*, device_memory: bool, file: Path | None) -> ReaderChoice:
     if not device_memory:  # the probe would cost every start half a second to learn what changes nothing
         return ReaderChoice(PosixReader(), "blocks go to host memory, where kvikio is no faster")
-    found = probe_kvikio()
+    found = probe_kvikio(file)
     if found.serves_gds:
         return ReaderChoice(KvikioReader(gds=True), found.reason)
     return ReaderChoice(PosixReader(), f"kvikio has no direct way to the GPU here: {found.reason}")

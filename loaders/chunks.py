@@ -7,6 +7,7 @@ opens; how a chunk is read is the file's business.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -77,6 +78,7 @@ class ChunkedReader:
         self._open_file = open_file
         self._chunk_bytes = round_up(chunk_bytes, PAGE_BYTES)
         self._lock = threading.Lock()
+        self._process = os.getpid()
         self._files: dict[Path, SourceFile] = {}
         self._closing = Latch()
         self._clock = BusyClock()
@@ -98,6 +100,11 @@ class ChunkedReader:
         with self._lock:
             if self._closing.is_set:
                 raise LoadError(f"{op.file}: the reader is closed")
+            if os.getpid() != self._process:  # its threads are not here: nobody would ever read
+                raise LoadError(
+                    f"{op.file}: the reader belongs to the process that made it: load the model again in"
+                    " this one"
+                )
             file = self._files.get(op.file)
             if file is None:
                 file = self._files[op.file] = self._open_file(op.file)
@@ -127,6 +134,8 @@ class ChunkedReader:
         ticket.stopped = True
 
     def close(self) -> None:
+        if os.getpid() != self._process:
+            return
         with self._lock:
             _shut_down(*self._shut_down_arguments)
             self._finalizer.detach()

@@ -20,10 +20,10 @@ from typing import Self
 
 import torch
 
-from endor.errors import EndorError, LoadError, PlanError
+from endor.errors import LoadError, PlanError
 from endor.loaders.flight import Flight, FlightCrew, Hold, OnRead
 from endor.loaders.plan import LoadPlan, Unit
-from endor.loaders.reader import Moved, Reader, ReadReport
+from endor.loaders.reader import Moved, Reader, ReadReport, name_unit
 from endor.loaders.staging import StagingPool
 
 __all__ = ["Lease", "OnRead", "PrefetchStats", "Prefetcher"]
@@ -176,7 +176,7 @@ class Prefetcher:
             flight = lease._flight
             flight.done.wait()
             if flight.error is not None:
-                raise _named(flight.error, flight.unit)
+                raise name_unit(flight.error, flight.unit)
             self._account(lease, perf_counter() - began_s)
             return lease
         except BaseException:  # also Ctrl-C while waiting: nobody will ever hold this lease
@@ -352,14 +352,3 @@ def _plus(stats: PrefetchStats, **more: float) -> PrefetchStats:
     return PrefetchStats(
         **{field.name: getattr(stats, field.name) + more.get(field.name, 0) for field in fields(stats)}
     )
-
-
-def _named(error: BaseException, unit: Unit) -> BaseException:
-    """The error of a background read as the consumer's own, with the unit's name."""
-    if type(error) is LoadError:
-        named = LoadError(f"unit {unit.name!r}: {error}", errno=error.errno)
-        named.__cause__ = error
-        return named
-    if isinstance(error, EndorError):
-        error.add_note(f"while unit {unit.name!r} was read ahead")
-    return error

@@ -14,7 +14,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from endor.errors import LoadError
+from endor.errors import EndorError, LoadError
 from endor.loaders.latch import Latch
 from endor.loaders.plan import ReadOp, Unit
 
@@ -189,15 +189,34 @@ class Reader(Protocol):
 
 
 def read_unit(reader: Reader, unit: Unit, memory: memoryview) -> ReadReport:
-    """Read one unit now, its reads at their `Unit.op_offsets` in `memory`: for what is loaded to stay."""
+    """Read one unit now, its reads at their `Unit.op_offsets` in `memory`: for what is loaded to stay.
+
+    Errors name the unit.
+    """
     tickets: list[Ticket] = []
     try:
         for op, start in zip(unit.ops, unit.op_offsets, strict=True):
             tickets.append(reader.submit(op, memory[start : start + op.length_bytes]))
         return sum((reader.wait(ticket) for ticket in tickets), ReadReport())
-    except BaseException:  # also Ctrl-C: `memory` is the caller's again only when no read is in flight
+    except (
+        BaseException
+    ) as error:  # also Ctrl-C: `memory` is the caller's again only when no read is in flight
         drain(reader, tickets)
-        raise
+        named = name_unit(error, unit)
+        if named is error:
+            raise
+        raise named from error
+
+
+def name_unit(error: BaseException, unit: Unit) -> BaseException:
+    """An error of reading `unit`, with its name."""
+    if type(error) is LoadError:
+        named = LoadError(f"unit {unit.name!r}: {error}", errno=error.errno)
+        named.__cause__ = error
+        return named
+    if isinstance(error, EndorError):
+        error.add_note(f"while unit {unit.name!r} was read")
+    return error
 
 
 def drain(reader: Reader, tickets: Sequence[Ticket]) -> None:

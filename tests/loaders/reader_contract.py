@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,21 @@ class ReaderContract:
                 read_unit(reader, unit, memory)
             memory[:] = bytes(len(memory))
             assert not any(memory)
+
+    def test_forked_process_is_told_to_open_its_own(self, file: Path) -> None:
+        with self.open() as reader:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads is what is tested
+                child = os.fork()
+            if child == 0:
+                try:
+                    reader.submit(ReadOp(file, 0, 10), memoryview(bytearray(10)))
+                except LoadError as error:
+                    os._exit(7 if "belongs to the process that made it" in str(error) else 1)
+                finally:
+                    os._exit(2)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+            reader.wait(reader.submit(ReadOp(file, 0, 10), memoryview(bytearray(10))))
 
     def test_forgotten_reader_leaves_nothing(self, file: Path) -> None:
         reader = self.open()

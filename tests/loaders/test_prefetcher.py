@@ -439,7 +439,7 @@ class TestOnRead:
             take(prefetcher, 0)
             with pytest.raises(ChecksumError, match="bitmap of layer 1") as caught:
                 prefetcher.acquire(1)
-            assert caught.value.__notes__ == ["while unit 'layer 1' was read ahead"]
+            assert caught.value.__notes__ == ["while unit 'layer 1' was read"]
             broken.clear()
             assert take(prefetcher, 1) == expected(plan, 1)
 

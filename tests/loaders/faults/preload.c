@@ -1,6 +1,7 @@
-/* Preloaded in front of the C library: reads of a file named FAULT.faulty fail in the way the name says.
+/* Preloaded in front of the C library: reads of a file named FAULT.faulty fail in the way the name says, and reads of
+ * any other file FILE in the way the file FILE.fault says, as long as it is there.
  *
- *   eio@OFFSET   a read that reaches OFFSET fails with EIO, as from a bad sector
+ *   eio@OFFSET   a read of the byte at OFFSET fails with EIO, as from a bad sector
  *   short        at most 1000 bytes (buffered) or one page (direct) come at a time
  *   einval       direct reads are refused though the file opened, as on some network file systems
  *   slow         every read takes 50 ms longer
@@ -15,15 +16,26 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* The fault that a descriptor's file is named after, or "". */
+/* The fault that a descriptor's file is named after or has beside it, or "". */
 static const char *fault_of(int descriptor, char path[4096]) {
+    static const char suffix[] = ".faulty", beside[] = ".fault";
     char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
-    ssize_t length = readlink(link, path, 4095);
-    if (length < 7 || memcmp(path + length - 7, ".faulty", 7) != 0) return "";
-    path[length - 7] = 0;
-    char *name = strrchr(path, '/');
-    return name ? name + 1 : path;
+    ssize_t length = readlink(link, path, 4096 - sizeof beside);
+    if (length < 7) return "";
+    path[length] = 0;
+    if (strcmp(path + length - 7, suffix) == 0) {
+        path[length - 7] = 0;
+        char *name = strrchr(path, '/');
+        return name ? name + 1 : path;
+    }
+    strcpy(path + length, beside);
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0) return "";
+    length = read(file, path, 4095);
+    close(file);
+    path[length < 0 ? 0 : length] = 0;
+    return path;
 }
 
 static ssize_t read_faulty(int descriptor, const struct iovec *vectors, int count, off_t offset, int flags) {
@@ -35,7 +47,8 @@ static ssize_t read_faulty(int descriptor, const struct iovec *vectors, int coun
     int direct = (fcntl(descriptor, F_GETFL) & O_DIRECT) != 0;
     struct iovec vector = vectors[0];
     if (strncmp(fault, "eio@", 4) == 0) {
-        if (offset + (off_t)vector.iov_len > atoll(fault + 4)) { errno = EIO; return -1; }
+        off_t bad = atoll(fault + 4);
+        if (offset <= bad && bad < offset + (off_t)vector.iov_len) { errno = EIO; return -1; }
     } else if (strcmp(fault, "short") == 0) {
         size_t most = direct ? 4096 : 1000;
         if (vector.iov_len > most) vector.iov_len = most;
