@@ -15,6 +15,7 @@ _COMMANDS = {
     "convert": "endor.cli.convert",
     "doctor": "endor.cli.doctor",
     "inspect": "endor.cli.inspect",
+    "plan": "endor.cli.plan",
     "run": "endor.cli.run",
     "verify": "endor.cli.verify",
 }

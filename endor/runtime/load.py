@@ -23,7 +23,7 @@ from endor.runtime.stats import StatsRecorder
 from endor.runtime.streaming import Runtime, WeightBlock
 from endor.runtime.trace import Trace, TracedReader
 
-__all__ = ["load", "runtime_of"]
+__all__ = ["default_host_bytes", "load", "runtime_of"]
 
 _HOST_SHARE = 0.7
 """Share of the free memory that resident blocks take by default; the rest is for activations and others."""
@@ -81,7 +81,7 @@ def load(
         _check_room(checkpoint)
         installed = install_weights(model, checkpoint)
         check_complete(model, Path(directory))
-        budget = _default_host_bytes() if host_memory is None else host_memory
+        budget = default_host_bytes() if host_memory is None else host_memory
         plan = place(model, installed, checkpoint, host_bytes=budget, depth=depth, verify=verify != "never")
     scratch = DecodeScratch(plan.decoded(), stats, matmul=matmul)
     for weight in plan.weights():
@@ -117,7 +117,8 @@ def _reader(name: str, trace: Trace | None) -> Reader:
     return reader if trace is None else TracedReader(reader, trace)
 
 
-def _default_host_bytes() -> int:
+def default_host_bytes() -> int:
+    """What blocks that stay in memory may take when nobody says."""
     return int(_HOST_SHARE * (available_bytes() or 0))
 
 
