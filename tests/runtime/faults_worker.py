@@ -61,7 +61,8 @@ class Scene:
         self.shard, self.offset, self.nbytes = home.file, home.offset, home.nbytes
 
     def load(self, **options: Any) -> Any:
-        return endor.load(self.checkpoint, **({"host_memory": 0} | options))
+        options.setdefault("host_memory", 0)
+        return endor.load(self.checkpoint, **options)
 
     def fails(self, action: Callable[[], object]) -> None:
         """Note the error with which `action` ends."""
