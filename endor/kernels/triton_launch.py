@@ -22,7 +22,19 @@ from endor.kernels.native_backend import RULES
 from endor.kernels.triton_kernels import elements as te
 from endor.kernels.triton_kernels.decode import FIELDS, decode_group_kernel, decode_kernel
 
-__all__ = ["MAX_BLOCK_ELEMENTS", "DecodeGroup", "Launch", "launch_decode", "new_status", "raise_for"]
+__all__ = [
+    "MAX_BLOCK_ELEMENTS",
+    "DecodeGroup",
+    "Launch",
+    "Sections",
+    "group_types",
+    "launch_decode",
+    "launch_is_impossible",
+    "new_status",
+    "raise_for",
+    "table_row",
+    "tile_options",
+]
 
 MAX_BLOCK_ELEMENTS = 1 << 26
 """A row block with more elements is left to the reference backend: positions in one are 32-bit numbers, and
@@ -100,7 +112,7 @@ def launch_decode(
 ) -> None:
     """Start decoding row blocks [start_block, stop_block) to `out`; int64 `status` gets what is wrong."""
     launch, layout = Launch(packed.layout), packed.layout
-    g, at = layout.geometry, _Sections(packed)
+    g, at = layout.geometry, Sections(packed)
     lanes = tile_lanes(launch.block_lanes)
     decode_kernel[(stop_block - start_block,)](
         at.bitmap,
@@ -124,7 +136,7 @@ def launch_decode(
     )
 
 
-class _Sections:
+class Sections:
     """The sections of a packed tensor as kernels take them; None for those that the codec does not have."""
 
     def __init__(self, packed: PackedTensor) -> None:
@@ -253,7 +265,7 @@ def table_row(packed: PackedTensor, out: Tensor, *, first_program: int, start_bl
     layout, g = packed.layout, packed.layout.geometry
     sizes = [first_program, start_block, g.rows, g.cols, g.row_block, layout.nnz]
     sizes += [layout.params.get("exponent_bytes", 0), layout.params.get("group_columns", 1)]
-    addresses = [0 if section is None else section.data_ptr() for section in _Sections(packed).all]
+    addresses = [0 if section is None else section.data_ptr() for section in Sections(packed).all]
     row = [*sizes, *addresses, out.data_ptr()]
     assert len(row) == len(FIELDS)
     return row

@@ -11,19 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from endor.kernels.triton_kernels.bits import low_bits, popcount
-from endor.kernels.triton_kernels.elements import (
-    EXPONENT,
-    FLOAT16,
-    INT4,
-    INT8,
-    RAW,
-    elements_of,
-    report,
-    scales_of,
-    value_bounds,
-)
-from endor.kernels.triton_kernels.exponent import exponent_elements, find_levels, read_levels
+from endor.kernels.triton_kernels.blocks import open_blocks, read_tile
+from endor.kernels.triton_kernels.elements import EXPONENT, INT8, RAW, report
 
 __all__ = ["FIELDS", "decode_group_kernel", "decode_kernel"]
 
@@ -48,7 +37,8 @@ FIELDS = (
 """What a row of the table of `decode_group_kernel` says about a matrix, all int64; see `decode_kernel`."""
 
 
-@triton.jit
+# Numbers that differ from matrix to matrix, and about which the compiler need know nothing.
+@triton.jit(do_not_specialize=["rows", "row_block", "nnz", "exponent_bytes", "start_block"])
 def decode_kernel(
     bitmap,
     row_offsets,
@@ -113,7 +103,7 @@ def decode_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def decode_group_kernel(
     table,
     status,
@@ -213,106 +203,69 @@ def _decode_block(
 ):
     """Decode row block `start_block + number` to the `number`th row block of `out`."""
     block = tl.full((1, 1), 0, tl.int64) + start_block + number
-    blocks = (rows + row_block - 1) // row_block
     first_row = block * row_block
     rows_here = tl.minimum(rows - first_row, row_block).to(tl.int32)
+    start, count, readable, deeper, opened, bounds_wrong, record_wrong = open_blocks(
+        block,
+        first_row,
+        rows_here,
+        row_offsets,
+        exponent_offsets,
+        exponents,
+        extra,
+        rows,
+        cols,
+        row_block,
+        nnz,
+        exponent_bytes,
+        MASKED,
+        CODEC,
+        PAIRS,
+        SINGLES,
+        KIND,
+        T,
+    )
     row_words = (cols + 63) // 64 * 2
-    most = rows_here * cols
-    never = block < 0
     if MASKED:
-        start, count, bounds_wrong = value_bounds(block, ~never, row_offsets, blocks, nnz, most)
         mask_words = bitmap.to(tl.pointer_type(tl.uint32)) + first_row * row_words
     else:
-        start, count, bounds_wrong = first_row * cols, most, never
-    expected = count
-    if CODEC == EXPONENT:
-        begin, size, record_wrong = record_bounds(block, ~never, exponent_offsets, blocks, exponent_bytes)
-        skew = (begin & 3).to(tl.int32)
-        record = exponents + (begin - skew)
-        record_words = exponents.to(tl.pointer_type(tl.uint32)) + (begin >> 2)
-        firsts, seconds, rest, levels_wrong = find_levels(record_words, skew, size, count, PAIRS, SINGLES, T)
-        record_wrong = record_wrong | levels_wrong
-        count = tl.where(record_wrong, 0, count)
-        low_bit = 3 * start
-        if KIND == FLOAT16:
-            lows = extra + (low_bit >> 3)
-        else:
-            lows = record
-    else:
-        record_wrong = never
-    padding = tl.zeros((1, 1), tl.int32)
+        mask_words = status
     before = tl.zeros((1, 1), tl.int32)
-    deeper = ()
-    for _level in tl.static_range(PAIRS + SINGLES):
-        deeper = deeper + (tl.zeros((1, 1), tl.int32),)
+    padding = tl.zeros((1, 1), tl.int32)
+    lane = tl.arange(0, 32)[None, None, :]
     for tile in range(0, tl.sum(rows_here) * row_words, T):
-        i = tile + tl.arange(0, T)[None, :]
-        row = i // row_words
-        column = (i - row * row_words) * 32
+        at = tile + tl.arange(0, T)[None, :]
+        row = at // row_words
+        column = (at - row * row_words) * 32
         inside = row < rows_here
-        valid = low_bits(tl.where(inside, tl.minimum(cols - column, 32), 0))
-        if MASKED:
-            word = tl.load(mask_words + i, mask=inside, other=0)
-            padding += tl.sum(((word & ~valid) != 0).to(tl.int32), axis=1, keep_dims=True)
-            word = word & valid
-            n = popcount(word)
-            rank = tl.cumsum(n, axis=1) - n + before
-            before += tl.sum(n, axis=1, keep_dims=True)
-        else:
-            word = valid
-            n = popcount(word)
-            rank = row * cols + column
-        fits = rank + n <= count
-        word = tl.where(fits, word, 0)
-        if CODEC == EXPONENT:
-            n = tl.where(fits, n, 0)
-            codes, upper, escapes, rest_rank, deeper = read_levels(
-                record_words, firsts, seconds, rank, n, deeper, PAIRS, SINGLES
-            )
-            elements = exponent_elements(
-                word,
-                rank,
-                codes,
-                upper,
-                escapes,
-                rest_rank,
-                record,
-                skew,
-                rest,
-                values + start,
-                lows,
-                (low_bit & 7).to(tl.int32),
-                PAIRS,
-                SINGLES,
-                KIND == FLOAT16,
-            )
-        elif CODEC == INT4:
-            scale = scales_of(extra, first_row + row, column, inside, cols, group_columns)
-            parity = (start & 1).to(tl.int32)
-            first = values + (start >> 1)
-            elements = elements_of(word, rank, first, parity, scale, codebook, MASKED, CODEC, KIND)
-        elif CODEC == INT8:
-            scale = scales_of(extra, first_row + row, column, inside, cols, group_columns)
-            elements = elements_of(word, rank, values + start, 0, scale, 0, MASKED, CODEC, KIND)
-        else:
-            elements = elements_of(word, rank, values + start, 0, 0, 0, MASKED, CODEC, KIND)
-        lane = tl.arange(0, 32)[None, None, :]
+        elements, before, deeper, padding = read_tile(
+            mask_words,
+            at,
+            row,
+            first_row,
+            column,
+            inside,
+            before,
+            deeper,
+            padding,
+            start,
+            readable,
+            opened,
+            values,
+            extra,
+            codebook,
+            cols,
+            group_columns,
+            MASKED,
+            CODEC,
+            PAIRS,
+            SINGLES,
+            KIND,
+        )
         to = out + (number * row_block * cols + (row * cols + column)[:, :, None] + lane)
         tl.store(to, elements, mask=inside[:, :, None] & (lane < (cols - column)[:, :, None]))
     if MASKED:
-        count_wrong = before != expected
+        count_wrong = before != count
     else:
-        count_wrong = never
+        count_wrong = rows_here < 0
     report(status, block, bounds_wrong, padding != 0, count_wrong, record_wrong)
-
-
-@triton.jit
-def record_bounds(block, exists, exponent_offsets, blocks, exponent_bytes):
-    """Where the records of row blocks begin (int64), their bytes (int32), and which bounds lie."""
-    begin = tl.load(exponent_offsets + block, mask=exists, other=0).to(tl.int64)
-    end = tl.load(exponent_offsets + block + 1, mask=exists, other=0).to(tl.int64)
-    wrong = (begin < 0) | (end < begin) | (end > exponent_bytes)
-    wrong = wrong | ((block == 0) & (begin != 0)) | ((block == blocks - 1) & (end != exponent_bytes))
-    wrong = wrong & exists
-    size = tl.where(wrong, 0, end - begin)
-    return tl.where(wrong, 0, begin), tl.minimum(size, 2**28).to(tl.int32), wrong

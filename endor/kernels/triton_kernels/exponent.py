@@ -16,7 +16,19 @@ import triton.language as tl
 
 from endor.kernels.triton_kernels.bits import join_eight, low_bits, popcount, window
 
-__all__ = ["exponent_elements", "find_levels", "read_levels"]
+__all__ = ["exponent_elements", "find_levels", "read_levels", "record_bounds"]
+
+
+@triton.jit
+def record_bounds(block, exists, exponent_offsets, blocks, exponent_bytes):
+    """Where the records of row blocks begin (int64), their bytes (int32), and which bounds lie."""
+    begin = tl.load(exponent_offsets + block, mask=exists, other=0).to(tl.int64)
+    end = tl.load(exponent_offsets + block + 1, mask=exists, other=0).to(tl.int64)
+    wrong = (begin < 0) | (end < begin) | (end > exponent_bytes)
+    wrong = wrong | ((block == 0) & (begin != 0)) | ((block == blocks - 1) & (end != exponent_bytes))
+    wrong = wrong & exists
+    size = tl.where(wrong, 0, end - begin)
+    return tl.where(wrong, 0, begin), tl.minimum(size, 2**28).to(tl.int32), wrong
 
 
 @triton.jit
