@@ -19,7 +19,14 @@ from endor.errors import KernelError
 from endor.formats.packed import PackedTensor
 from endor.kernels.triton_backend import is_interpreted
 from endor.kernels.triton_kernels.matmul import matmul_kernel
-from endor.kernels.triton_launch import Launch, Sections, launch_is_impossible, new_status, raise_for
+from endor.kernels.triton_launch import (
+    OPTIONS,
+    Launch,
+    Sections,
+    launch_is_impossible,
+    new_status,
+    raise_for,
+)
 
 __all__ = ["MAX_ROWS", "Tile", "linear", "supports", "tiles", "tune"]
 
@@ -40,8 +47,8 @@ class Tile:
     warps: int
 
 
-_VECTOR = (Tile(4, 32, 4), Tile(2, 32, 2), Tile(8, 16, 4), Tile(1, 128, 4))
-_MATRIX = (Tile(16, 8, 4), Tile(16, 4, 4), Tile(16, 16, 8))
+_VECTOR = (Tile(4, 16, 8), Tile(4, 32, 8), Tile(2, 32, 4), Tile(1, 128, 8))
+_MATRIX = (Tile(16, 4, 8), Tile(16, 8, 8), Tile(16, 16, 8))
 _chosen: dict[tuple[Any, ...], Tile] = {}
 """What `tune` found, for this process: by device, kind of kernel, shape, and whether x has one row."""
 
@@ -149,6 +156,7 @@ def _launch(
         "T": words,
         "EXACT_DOT": is_interpreted(),
         "num_warps": tile.warps,
+        **OPTIONS,
     }
     matmul_kernel[(-(-g.row_blocks // tile.blocks),)](
         x.view(torch.int16),

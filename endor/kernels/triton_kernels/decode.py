@@ -108,6 +108,7 @@ def decode_group_kernel(
     table,
     status,
     entries,
+    ALIGNED: tl.constexpr,
     ENTRIES: tl.constexpr,
     ELEMENT: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -124,6 +125,7 @@ def decode_group_kernel(
     Args:
         table: int64 [entries, len(FIELDS)]; addresses are those of the sections, aligned to 16 bytes.
         status: int64 [entries], one for each.
+        ALIGNED: whether the columns of every matrix are a multiple of 16.
         ENTRIES: power of two that is not below `entries`.
         ELEMENT, OFFSET, RECORD_OFFSET: types of elements, row_offsets and exponent_offsets.
     """
@@ -142,6 +144,9 @@ def decode_group_kernel(
         extra = _address(fields + 13, tl.uint8)
     else:
         extra = _address(fields + 13, tl.int16)
+    cols = tl.load(fields + 3).to(tl.int32)
+    if ALIGNED:
+        cols = tl.multiple_of(cols, 16)
     _decode_block(
         program - tl.load(fields),
         _address(fields + 8, tl.uint8),
@@ -154,7 +159,7 @@ def decode_group_kernel(
         _address(fields + 15, ELEMENT),
         status + entry,
         tl.load(fields + 2),
-        tl.load(fields + 3).to(tl.int32),
+        cols,
         tl.load(fields + 4).to(tl.int32),
         tl.load(fields + 5),
         tl.load(fields + 6),
