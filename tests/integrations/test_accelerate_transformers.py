@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import accelerate.big_modeling
 import pytest
 import torch
 import transformers
-import transformers.integrations.accelerate as users
 from transformers import AutoModelForCausalLM
 
 from endor.integrations import accelerate as ours
@@ -85,11 +85,12 @@ def test_a_weight_changed_after_loading_is_written(checkpoint: Path, tmp_path: P
 def test_from_pretrained_dispatches_with_ours_while_installed(checkpoint: Path, tmp_path: Path) -> None:
     expected = tokens(AutoModelForCausalLM.from_pretrained(checkpoint))
     theirs = accelerate.big_modeling.dispatch_model
+    user: Any = importlib.import_module("transformers.integrations.accelerate")
     with ours.install():
-        assert users.dispatch_model is ours.dispatch_model
+        assert user.dispatch_model is ours.dispatch_model
         assert accelerate.disk_offload is ours.disk_offload
         model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map={"": "disk"})
-    assert users.dispatch_model is accelerate.dispatch_model is theirs
+    assert user.dispatch_model is accelerate.dispatch_model is theirs
     assert model.hf_device_map == {"": "disk"}
     assert isinstance(model.model.layers[0].mlp.up_proj._hf_hook, AlignDevicesHook)
     assert tokens(model) == expected

@@ -287,7 +287,9 @@ class _Loading:
     def _leave_with_its_tie(self, group: list[str]) -> None:
         """A checkpoint has a tied weight under one of its names; the others are in the same place."""
         found = next((name for name in group if name in self._places), None)
-        for name in group if found is not None else ():
+        if found is None:
+            return
+        for name in group:
             self._places.setdefault(name, self._places[found])
             standing = _tensor(self.model, name)
             if standing.device.type != "meta":
