@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ class RecordingReader(PosixReader):
     log: list[ReadOp]
     pause_s = 0.0
 
-    def submit(self, op: ReadOp, destination: memoryview) -> Ticket:
+    def submit(self, op: ReadOp, destination: Any) -> Ticket:
         self.log.append(op)
         return super().submit(op, destination)
 
