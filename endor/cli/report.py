@@ -86,5 +86,5 @@ def _memory(generation: Generation, runtime: Runtime) -> list[tuple[str, str, st
             format_size(generation.peak_host_bytes),
             f"{parts}, scratch {format_size(runtime.scratch_bytes)}",
         ),
-        ("reader, kernel", f"{runtime.reader.name}, {runtime.kernel}", ""),
+        ("reader, kernel", f"{runtime.reader.name}, {runtime.kernel}", runtime.reader_reason),
     ]

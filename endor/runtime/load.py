@@ -13,7 +13,7 @@ from endor.checkpoint import Checkpoint
 from endor.errors import PlanError
 from endor.formats import CheckpointReader
 from endor.kernels.linear import check_matmul
-from endor.loaders import READER_NAMES, Reader, available_bytes, choose_reader
+from endor.loaders import READER_NAMES, available_bytes, choose_reader
 from endor.runtime.install import dense_bytes, install_weights, stored_dtype
 from endor.runtime.place import place
 from endor.runtime.placement import Placement
@@ -87,11 +87,13 @@ def load(
     for weight in plan.weights():
         weight.use_scratch(scratch)
         weight.use_matmul(matmul)
+    choice = choose_reader(reader)
     _start(
         model,
         list(plan.blocks),
         plan.placement,
-        reader=_reader(reader, trace),
+        reader=choice.reader if trace is None else TracedReader(choice.reader, trace),
+        reader_reason=choice.reason,
         scratch=scratch,
         stats=stats,
         depth=depth,
@@ -110,11 +112,6 @@ def runtime_of(model: nn.Module) -> Runtime:
     if not isinstance(runtime, Runtime):
         raise PlanError(f"this {type(model).__name__} was not loaded by endor.load, or its runtime is closed")
     return runtime
-
-
-def _reader(name: str, trace: Trace | None) -> Reader:
-    reader = choose_reader(name).reader
-    return reader if trace is None else TracedReader(reader, trace)
 
 
 def default_host_bytes() -> int:

@@ -159,6 +159,7 @@ class Runtime:
         placement: which of them stay in host memory.
         depth: blocks that are read ahead; 0 reads each when it is needed.
         reader: reads byte ranges; closed with the runtime.
+        reader_reason: why it is this one, for people.
         scratch: what weights are decoded into.
         stats: where everything is counted.
         tables: embeddings and tied heads that are not resident.
@@ -177,6 +178,7 @@ class Runtime:
         *,
         depth: int,
         reader: Reader,
+        reader_reason: str = "",
         scratch: DecodeScratch,
         stats: StatsRecorder,
         tables: Sequence[Table] = (),
@@ -188,6 +190,7 @@ class Runtime:
         self.placement = placement
         self.dense_bytes = dense_bytes
         self.reader = reader
+        self.reader_reason = reader_reason
         self._blocks = tuple(blocks)
         self._heads = tuple(b.table for b in blocks if b.table) + tuple(t for t in tables if t.tiles)
         self._embeddings = tuple(t for t in tables if not t.tiles)

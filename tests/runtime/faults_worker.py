@@ -13,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ import torch
 
 import endor
 from endor.errors import EndorError
+from endor.loaders import drop_from_page_cache
 from endor.runtime import runtime_of
 from tests.support.models import tiny_llama, write_endor_checkpoint
 
@@ -179,6 +181,51 @@ def flipped(scene: Scene) -> Iterator[None]:
         os.utime(scene.shard, ns=times)
         if version is not content:
             yield
+
+
+@scenario
+def disk_that_dies(scene: Scene) -> None:
+    """A file system on a file that is cut short: a real error of a block device, for root only."""
+    with loop_device(scene.checkpoint.with_name("loop")) as mounted:
+        if mounted is None:
+            scene.outcome["skipped"] = "a loop device cannot be mounted"
+            return
+        folder, backing = mounted
+        copy = Scene(Path(shutil.copytree(scene.checkpoint, folder / "model")), scene.expected)
+        copy.outcome = scene.outcome
+        model = copy.load()
+        copy.works(model)
+        for path in copy.checkpoint.iterdir():
+            drop_from_page_cache(path)
+        os.truncate(backing, 1 << 20)
+        copy.fails(lambda: tokens(model))
+        scene.outcome["disk"] = str(copy.checkpoint)
+        runtime_of(model).close()
+        scene.outcome["left on it"] = sorted(
+            held(copy.checkpoint) - {p.name for p in copy.checkpoint.iterdir()}
+        )
+
+
+@contextmanager
+def loop_device(base: Path) -> Iterator[tuple[Path, Path] | None]:
+    """A folder on a block device, and the device's backing file."""
+    folder, backing = base / "disk", base / "disk.img"
+    folder.mkdir(parents=True)
+    with backing.open("wb") as disk:
+        disk.truncate(16 << 20)
+    try:
+        for command in (
+            ["mkfs.ext4", "-q", "-O", "^has_journal", str(backing)],
+            ["mount", "-o", "loop", str(backing), str(folder)],
+        ):
+            subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        yield None
+        return
+    try:
+        yield folder, backing
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True, capture_output=True)
 
 
 @scenario

@@ -113,6 +113,17 @@ def test_bad_sector_is_named(found: Outcomes, name: str, times: int) -> None:
         assert_read_error(found[name], error)
 
 
+def test_disk_that_dies_is_an_error_with_its_number(found: Outcomes) -> None:
+    outcome = found["disk_that_dies"]
+    if "skipped" in outcome:
+        pytest.skip(outcome["skipped"])
+    [error] = errors(outcome)
+    assert (error["type"], error["errno"]) == ("LoadError", errno.EIO)
+    assert f"{outcome['disk']}/model-0000" in error["message"]
+    assert "at offset" in error["message"]
+    assert outcome["left on it"] == []
+
+
 def test_truncated_file_makes_the_model_unusable_in_words(found: Outcomes) -> None:
     outcome = found["truncated_while_running"]
     cut, restored = errors(outcome)
