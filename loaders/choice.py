@@ -81,7 +81,7 @@ def choose_reader(
 
 def _choose_automatically(*, device_memory: bool, file: Path | None) -> ReaderChoice:
     if not device_memory:  # the probe would cost every start half a second to learn what changes nothing
-        return ReaderChoice(PosixReader(), "blocks go to host memory, where kvikio is no faster")
+        return ReaderChoice(PosixReader(), "into host memory kvikio is no faster")
     found = probe_kvikio(file)
     if found.serves_gds:
         return ReaderChoice(KvikioReader(gds=True), found.reason)

@@ -142,7 +142,7 @@ def test_stats_go_to_stderr(run_command: Run, demo_checkpoint: Path) -> None:
         "compute",
         "peak memory",
         "reader, kernel",
-        "where kvikio is no faster",
+        "into host memory kvikio is no faster",
     ):
         assert row in done.stderr
         assert row not in done.stdout
