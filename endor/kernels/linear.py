@@ -39,7 +39,7 @@ threads of a Zen 5 core with 32 MiB of third-level cache:
 |              | 64        | 2.28           | 3.34  | 3.29   | 2.76   | 2.72        |
 |              | 256       | 6.49           | 7.98  | 7.98   | 7.39   | 7.32        |
 
-Where all at once is no slower, tiles still keep the scratch small. With one thread tiles of 8 MiB were as fast.
+Where all at once is no slower, tiles still keep the scratch small. With one thread 8 MiB were as fast.
 """
 _TENSORS = (Tensor, torch.nn.Parameter)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "scripts/bench_moe.py"
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "scripts/bench_moe.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
 def test_it_reports_every_budget(tmp_path: Path) -> None:
@@ -15,6 +18,7 @@ def test_it_reports_every_budget(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, str(SCRIPT), "--tiny", "--tokens", "2", "--rounds", "1", "--json", str(out)],
         check=True,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=200,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 import endor
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+REPOSITORY = Path(__file__).parents[2]
+SCRIPTS = REPOSITORY / "scripts"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 DEMO = Path(endor.__file__).parent / "assets/demo_model"
 
 
@@ -23,6 +26,7 @@ def test_two_minutes_of_generation_do_not_grow(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / "soak.py"), str(tmp_path / "out"), "--minutes", "2"],
         check=False,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
