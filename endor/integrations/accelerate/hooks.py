@@ -390,25 +390,31 @@ class AlignDevicesHook(theirs.AlignDevicesHook):  # type: ignore[misc]  # as abo
 
     def _load_in_place(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         values = self._values(args)
-        for holder, leaf, name, standing in self._slots(module):
-            if standing.device.type != "meta":  # put there since, by whoever wanted it
-                continue
-            value = values[name]
-            self._placed.append((holder, leaf, standing))
-            if not _is_plain(standing):
-                statistics = self._statistics(name, value)
-                set_module_tensor_to_device(module, name, "cpu", value=value, fp16_statistics=statistics)
-                continue
-            if value.shape != standing.shape:
-                raise ValueError(
-                    f"{self._full_name(name)}: expected a tensor of shape {list(standing.shape)}, found "
-                    f"{list(value.shape)}: these are not the weights of this model"
-                )
-            if value.dtype != standing.dtype:
-                value = value.to(standing.dtype)
-            if isinstance(standing, nn.Parameter):
-                value = _as_parameter(value, requires_grad=standing.requires_grad)
-            holder[leaf] = value
+        with torch._C.DisableTorchFunctionSubclass():  # asking a placeholder for its shape is no use of it
+            for slot in self._slots(module):
+                if slot[3].device.type == "meta":  # else it was put there since, by whoever wanted it
+                    self._put(module, slot, values[slot[2]])
+
+    def _put(
+        self, module: nn.Module, slot: tuple[dict[str, Any], str, str, torch.Tensor], value: torch.Tensor
+    ) -> None:
+        """A weight in place of its placeholder."""
+        holder, leaf, name, standing = slot
+        self._placed.append((holder, leaf, standing))
+        if not _is_plain(standing):
+            statistics = self._statistics(name, value)
+            set_module_tensor_to_device(module, name, "cpu", value=value, fp16_statistics=statistics)
+            return
+        if value.shape != standing.shape:
+            raise ValueError(
+                f"{self._full_name(name)}: expected a tensor of shape {list(standing.shape)}, found "
+                f"{list(value.shape)}: these are not the weights of this model"
+            )
+        if value.dtype != standing.dtype:
+            value = value.to(standing.dtype)
+        if isinstance(standing, nn.Parameter):
+            value = _as_parameter(value, requires_grad=standing.requires_grad)
+        holder[leaf] = value
 
     def _load_to_device(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """accelerate's own way, with the stream's tensors where it has them."""
