@@ -379,8 +379,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--values", default="raw,auto,int8,int4", help=f"codecs, some of {', '.join(VALUES)}")
     add(
         "--contenders",
-        help="some of accelerate, transformers, mapped, dense, dense-huge, endor[-CODEC][-PLACE][-decode]."
-        " PLACE: depth0, depth1, depth2 (default) or resident; decode: never straight from packed weights;"
+        help="some of accelerate, dispatch, transformers, mapped, dense, dense-huge,"
+        " endor[-CODEC][-PLACE][-decode]. PLACE: depth0, depth1, depth2 (default) or resident; decode: never straight from packed weights;"
         " without CODEC, one for each of --values",
     )
     add("--rounds", type=int, default=3)

@@ -125,6 +125,12 @@ def _load_disk_offload(models: Models) -> Any:
     return disk_offload(_load_mapped(models), models.offload)
 
 
+def _load_our_disk_offload(models: Models) -> Any:
+    from endor import disk_offload
+
+    return disk_offload(_load_mapped(models), models.offload.with_name("offload-endor"))
+
+
 def _load_dense(models: Models, *, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Without the copy, the weights would stay pages of the file."""
     model = _load_mapped(models)
@@ -214,6 +220,7 @@ CONTENDERS = {
         load=partial(_load_dense, copy=_huge_pages_copy),
         files=_no_files,
     ),
+    "dispatch": Contender(title="endor.disk_offload, dense", load=_load_our_disk_offload, files=_dense_files),
     **{f"decoded-{values}": _decoded(values) for values in LOSSY},
     **dict(_endor_contenders()),
 }
