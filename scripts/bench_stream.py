@@ -380,8 +380,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--contenders",
         help="some of accelerate, dispatch, transformers, mapped, dense, dense-huge,"
-        " endor[-CODEC][-PLACE][-decode]. PLACE: depth0, depth1, depth2 (default) or resident; decode: never straight from packed weights;"
-        " without CODEC, one for each of --values",
+        " endor[-CODEC][-PLACE][-decode]. PLACE: depth0, depth1, depth2 (default) or resident;"
+        " decode: never straight from packed weights; without CODEC, one for each of --values",
     )
     add("--rounds", type=int, default=3)
     add("--tokens", type=int, default=6, help="per turn; the first, which reads the prompt, is not counted")
