@@ -29,6 +29,7 @@ __all__ = ["Bandwidth", "Bandwidths", "cached_bandwidths", "machine_bandwidths",
 _CACHE_VERSION: Final = 1
 _MIB: Final = 1 << 20
 _PIECE_BYTES: Final = 64 * _MIB
+_COPIED_BYTES: Final = 128 * _MIB  # 64 MiB still gain from caches of 32 MiB: 53 GB/s against 41 from here on
 _SMALLEST_FILE_BYTES: Final = 32 * _MIB
 _OWN_FILE_BYTES: Final = 256 * _MIB
 _DISK_S: Final = 1.0
@@ -145,15 +146,15 @@ def _file_to_read(where: Path) -> Iterator[Path]:
 
 
 def _measure_memory() -> Bandwidth:
-    with StagingPool(2 * _PIECE_BYTES) as pool:
-        source, target = (pool.allocate(_PIECE_BYTES).tensor() for _ in range(2))
+    with StagingPool(2 * _COPIED_BYTES) as pool:
+        source, target = (pool.allocate(_COPIED_BYTES).tensor() for _ in range(2))
         fastest_s = float("inf")
         ends_s = perf_counter() + _MEMORY_S
         while perf_counter() < ends_s:
             began_s = perf_counter()
             target.copy_(source)
             fastest_s = min(fastest_s, perf_counter() - began_s)
-    return Bandwidth(_PIECE_BYTES / fastest_s, "copy", _now())
+    return Bandwidth(_COPIED_BYTES / fastest_s, "copy", _now())
 
 
 def _now() -> str:
