@@ -84,6 +84,7 @@ class Contender:
         values: how the weights are packed; None where they are dense.
         reference: the contender that has the same weights and whose results are right.
         is_exact: whether its logits are the reference's, so that every token must be.
+        is_dispatched: whether Endor's dispatch moves its weights.
     """
 
     title: str
@@ -92,11 +93,12 @@ class Contender:
     values: str | None = None
     reference: str = "mapped"
     is_exact: bool = True
+    is_dispatched: bool = False
 
     @property
     def reads_ahead(self) -> bool:
         """Whether it also reads between forwards."""
-        return self.values is not None
+        return self.is_dispatched or self.values is not None
 
 
 def _dense_files(models: Models) -> list[Path]:
@@ -220,7 +222,12 @@ CONTENDERS = {
         load=partial(_load_dense, copy=_huge_pages_copy),
         files=_no_files,
     ),
-    "dispatch": Contender(title="endor.disk_offload, dense", load=_load_our_disk_offload, files=_dense_files),
+    "dispatch": Contender(
+        title="endor.disk_offload, dense",
+        load=_load_our_disk_offload,
+        files=_dense_files,
+        is_dispatched=True,
+    ),
     **{f"decoded-{values}": _decoded(values) for values in LOSSY},
     **dict(_endor_contenders()),
 }

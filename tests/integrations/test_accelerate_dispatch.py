@@ -390,6 +390,31 @@ def test_buffers_of_parts_on_disk_are_loaded(tmp_path: Path) -> None:
     assert torch.equal(run(other, sample()), run(model, sample()))
 
 
+# Packed weights.
+
+
+@pytest.mark.parametrize("offload", OFFLOADERS)
+def test_packed_weights_are_dispatched_packed(offload: Offloader, tmp_path: Path, each_way: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(512, 512, dtype=torch.bfloat16) for _ in range(3)]
+    model = nn.Sequential(*layers).eval()
+    for layer in layers:
+        weight = layer.weight.detach()
+        weight[torch.rand(weight.shape) < 0.5] = 0
+        layer.weight = nn.Parameter(endor.encode(weight), requires_grad=False)
+    x = sample(width=512).to(torch.bfloat16)
+    expected = run(model, x)
+    offload(model, tmp_path)
+    for _ in range(2):
+        assert torch.equal(run(model, x), expected)
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 0.6 * 3 * 512 * 512 * 2
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(run(twin, x), expected)
+    ours.remove_hook_from_submodules(model)
+    assert torch.equal(run(model, x), expected)
+    assert all(type(layer.weight) is endor.BitmapTensor for layer in layers)
+
+
 # Ties.
 
 

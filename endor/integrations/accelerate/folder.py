@@ -99,8 +99,7 @@ def _unique(weights: Mapping[str, torch.Tensor]) -> list[_Weight]:
     """Each tensor once, with the names that share it."""
     names: dict[Any, list[str]] = {}
     for name, tensor in weights.items():
-        shared = tensor.numel() and not isinstance(tensor, BitmapTensor)
-        names.setdefault(host_key(tensor) if shared else id(tensor), []).append(name)
+        names.setdefault(host_key(tensor), []).append(name)
     return [_Weight(tuple(group), weights[group[0]]) for group in names.values()]
 
 

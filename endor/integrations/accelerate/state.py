@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
+from endor.kernels.tensor import BitmapTensor
 from endor.runtime.offload import WeightStream
 from endor.runtime.turns import ThreadTurn
 
@@ -88,4 +89,8 @@ class OffloadState:
 
 def host_key(tensor: torch.Tensor) -> tuple[object, ...]:
     """What two names of one tensor in memory have in common."""
+    if isinstance(tensor, BitmapTensor):  # it has no memory of its own, its sections have
+        return ("packed", *(section.data_ptr() for section in tensor.packed.sections.values()))
+    if not tensor.numel():
+        return ("empty", id(tensor))
     return ("host", tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
