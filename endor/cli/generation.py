@@ -220,7 +220,7 @@ class _Echo(transformers.TextStreamer):
 def _describe(runtime: Runtime) -> str:
     tiers = runtime.placement.counts()
     dense = format_size(runtime.dense_bytes)
-    text = f"{tiers['host']} blocks in memory, {tiers['disk']} streamed, {dense} dense (embeddings, norms)"
+    text = f"{tiers['host']} blocks in memory, {tiers['disk']} streamed, {dense} dense"
     if runtime.in_parts:
         text += f", {runtime.in_parts}"
     if runtime.streamed_bytes:

@@ -78,6 +78,7 @@ def _time(generation: Generation) -> list[tuple[str, str, str]]:
 
 
 def _memory(generation: Generation, runtime: Runtime) -> list[tuple[str, str, str]]:
+    decoding, _, products = runtime.kernel.rstrip(")").partition(" (matmul: ")
     sizes = {"ring": runtime.ring_bytes, "resident": runtime.resident_bytes, "dense": runtime.dense_bytes}
     parts = ", ".join(f"{name} {format_size(n)}" for name, n in sizes.items())
     return [
@@ -86,5 +87,6 @@ def _memory(generation: Generation, runtime: Runtime) -> list[tuple[str, str, st
             format_size(generation.peak_host_bytes),
             f"{parts}, scratch {format_size(runtime.scratch_bytes)}",
         ),
-        ("reader, kernel", f"{runtime.reader.name}, {runtime.kernel}", runtime.reader_reason),
+        ("reader", runtime.reader.name, runtime.reader_reason),
+        ("kernel", decoding, f"products straight from packed weights: {products}" if products else ""),
     ]

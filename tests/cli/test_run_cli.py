@@ -141,7 +141,8 @@ def test_stats_go_to_stderr(run_command: Run, demo_checkpoint: Path) -> None:
         "decode",
         "compute",
         "peak memory",
-        "reader, kernel",
+        "reader",
+        "kernel",
         "into host memory kvikio is no faster",
     ):
         assert row in done.stderr
