@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import endor
 from endor.errors import LoadError, PlanError
 from endor.loaders import (
     PAGE_BYTES,
@@ -28,7 +30,9 @@ from endor.loaders import (
     drop_from_page_cache,
     probe_kvikio,
 )
+from endor.runtime import runtime_of
 from tests.loaders.reader_contract import ReaderContract
+from tests.support.models import tiny_llama, write_endor_checkpoint
 
 SIZE = 64 * PAGE_BYTES
 RAGGED = SIZE + 123
@@ -125,6 +129,18 @@ class TestHost:
             for index in [0, 1, 2, 3, 0, 1]:
                 with prefetcher.acquire(index) as lease:
                     assert bytes(lease.op_tensor(0).numpy()) == content[index * SIZE // 4 :][: SIZE // 4]
+
+    def test_model_that_streams_with_it_computes_the_same(self, tmp_path: Path) -> None:
+        checkpoint = write_endor_checkpoint(tiny_llama(), tmp_path / "model")
+        ids = torch.tensor([[5, 17, 200]])
+        found = {}
+        for name in ("posix", "kvikio"):
+            model = endor.load(checkpoint, host_memory=0, reader=name)
+            assert runtime_of(model).reader.name == name
+            with torch.inference_mode():
+                found[name] = model(ids).logits
+            runtime_of(model).close()
+        assert torch.equal(found["kvikio"], found["posix"])
 
     def test_several_readers_at_once_do_not_disturb_each_other(self, file: Path) -> None:
         content = file.read_bytes()[:SIZE]
