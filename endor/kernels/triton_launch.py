@@ -7,6 +7,7 @@ know reads it (`raise_for`), which does wait.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = [
     "launch_decode",
     "launch_is_impossible",
     "new_status",
+    "on_device",
     "raise_for",
     "table_row",
     "tile_options",
@@ -111,6 +113,11 @@ def tile_options(lanes: int) -> dict[str, Any]:
     return {"T": lanes, "num_warps": max(lanes // LANES_PER_WARP, 1), **OPTIONS}
 
 
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launches inside go to the device of `tensor`; Triton takes the current one, whatever it is given."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+
 def launch_decode(
     packed: PackedTensor, start_block: int, stop_block: int, out: Tensor, status: Tensor
 ) -> None:
@@ -118,26 +125,27 @@ def launch_decode(
     launch, layout = Launch(packed.layout), packed.layout
     g, at = layout.geometry, Sections(packed)
     lanes = tile_lanes(launch.block_lanes)
-    decode_kernel[(stop_block - start_block,)](
-        at.bitmap,
-        at.row_offsets,
-        at.values,
-        at.exponent_offsets,
-        at.exponents,
-        at.extra,
-        at.codebook,
-        out.view(launch.element),
-        status,
-        g.rows,
-        g.cols,
-        g.row_block,
-        layout.nnz,
-        layout.params.get("exponent_bytes", 0),
-        layout.params.get("group_columns", 1),
-        start_block,
-        **launch.constants,
-        **tile_options(lanes),
-    )
+    with on_device(out):
+        decode_kernel[(stop_block - start_block,)](
+            at.bitmap,
+            at.row_offsets,
+            at.values,
+            at.exponent_offsets,
+            at.exponents,
+            at.extra,
+            at.codebook,
+            out.view(launch.element),
+            status,
+            g.rows,
+            g.cols,
+            g.row_block,
+            layout.nnz,
+            layout.params.get("exponent_bytes", 0),
+            layout.params.get("group_columns", 1),
+            start_block,
+            **launch.constants,
+            **tile_options(lanes),
+        )
 
 
 class Sections:
@@ -249,7 +257,10 @@ class _GroupLaunch:
         }
 
     def start(self) -> None:
-        decode_group_kernel[(self.programs,)](self.table, self.status, len(self.numbers), **self.constants)
+        with on_device(self.table):
+            decode_group_kernel[(self.programs,)](
+                self.table, self.status, len(self.numbers), **self.constants
+            )
 
 
 def group_types(packed: PackedTensor) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def open_blocks(
     Args:
         block, first_row: int64 [B, 1].
         rows_here: int32 [B, 1], rows of each block; none for one that does not exist.
+        T: words of each level that are counted at once.
 
     Returns where the values begin (int64), how many the offsets say there are, how many may be read (both
     int32), the codes before the first tile, a tuple that `read_tile` wants back, and what was wrong with
