@@ -1,25 +1,36 @@
-"""Which blocks stay in host memory and which are streamed: a pure function of sizes and budget."""
+"""Which blocks stay in memory and which are streamed: a pure function of sizes and budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
+from typing import Final
 
 from endor.errors import PlanError
+from endor.runtime.overlap import Step, overlap
 
 __all__ = ["Placement", "plan_placement", "spread"]
+
+_OUTLIER: Final = 1.5
+"""Times the usual block: such a one (a head) is tried resident first, and streamed first."""
+_PHASES: Final = (0.0, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Indices of blocks by tier; together they are 0 to n - 1, each in rising order."""
+    """Indices of blocks by tier; together they are 0 to n - 1, each in rising order.
+
+    On a CPU, which uses blocks where they are in host memory, none is on the device.
+    """
 
     host: tuple[int, ...]
     disk: tuple[int, ...]
+    device: tuple[int, ...] = ()
 
     def counts(self) -> dict[str, int]:
         """Number of blocks per tier."""
-        return {"device": 0, "host": len(self.host), "disk": len(self.disk)}
+        return {"device": len(self.device), "host": len(self.host), "disk": len(self.disk)}
 
 
 def spread(count: int, total: int) -> tuple[int, ...]:
@@ -28,38 +39,110 @@ def spread(count: int, total: int) -> tuple[int, ...]:
     return tuple(i for i in range(total) if (i + 1) * count // total > i * count // total)
 
 
-def plan_placement(names: Sequence[str], sizes: Sequence[int], *, host_bytes: int) -> Placement:
-    """Keep as many blocks in host memory as fit, spread between those that are streamed.
+def plan_placement(
+    names: Sequence[str],
+    sizes: Sequence[int],
+    *,
+    host_bytes: int,
+    pieces: Sequence[Sequence[int]] | None = None,
+    depth: int = 2,
+) -> Placement:
+    """Keep as many bytes in host memory as fit, in blocks that leave the disk no time to rest.
+
+    Of some sets of blocks that fill the budget, the one is taken with which a pass is shortest where the disk
+    is just as fast as the work: with a disk much slower or faster it matters little which blocks stay. So the
+    placement depends on sizes alone, not on what somebody measured.
 
     Args:
         names: of the blocks, in execution order, for messages.
         sizes: compressed bytes of each block.
         host_bytes: budget for resident compressed blocks; 0 streams every block.
+        pieces: the sizes in which each block is read if it is streamed; by default in one.
+        depth: units that are read ahead.
 
     Raises:
         PlanError: the budget is neither 0 nor enough for one block; the message says how much is.
     """
     if not sizes:
         return Placement((), ())
+    _check_budget(names, sizes, host_bytes)
+    if sum(sizes) <= host_bytes:
+        return Placement(tuple(range(len(sizes))), ())
+    candidates = dict.fromkeys(_filled(chosen, sizes, host_bytes) for chosen in _candidates(sizes, host_bytes))
+    pieces = [(size,) for size in sizes] if pieces is None else pieces
+    # A disk that reads what the budget leaves in the time that the work on everything takes.
+    slowness = sum(sizes) / (sum(sizes) - host_bytes)
+    host = min(candidates, key=lambda chosen: _pass_s(sizes, pieces, chosen, slowness=slowness, depth=depth))
+    return Placement(host, tuple(i for i in range(len(sizes)) if i not in host))
+
+
+def _check_budget(names: Sequence[str], sizes: Sequence[int], budget: int) -> None:
     smallest = min(range(len(sizes)), key=sizes.__getitem__)
-    if host_bytes < 0 or 0 < host_bytes < sizes[smallest]:
+    if budget < 0 or 0 < budget < sizes[smallest]:
         raise PlanError(
-            f"a host memory budget of {host_bytes} bytes holds no block: the smallest, {names[smallest]!r}, "
-            f"needs {sizes[smallest]} bytes. Give at least that, or 0 to stream every block"
+            f"a memory budget of {budget} bytes holds no block: the smallest, {names[smallest]!r}, "
+            f"needs {sizes[smallest]} bytes. Give at least that, or 0 to stream every block; all blocks "
+            f"together need {sum(sizes)} bytes"
         )
-    host = _largest_spread(sizes, host_bytes)
-    left = host_bytes - sum(sizes[i] for i in host)
-    for i in sorted(set(range(len(sizes))) - set(host), key=lambda i: -sizes[i]):
-        if sizes[i] <= left:
-            host.append(i)
-            left -= sizes[i]
-    chosen = set(host)
-    return Placement(tuple(sorted(chosen)), tuple(i for i in range(len(sizes)) if i not in chosen))
 
 
-def _largest_spread(sizes: Sequence[int], budget: int) -> list[int]:
-    for count in range(len(sizes), 0, -1):
-        chosen = spread(count, len(sizes))
+def _candidates(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, ...]]:
+    """Sets of blocks that fit: evenly apart by number and by bytes, with and without the outliers."""
+    usual = median(sizes)
+    outliers = [i for i in range(len(sizes)) if sizes[i] > _OUTLIER * usual]
+    others = [i for i in range(len(sizes)) if i not in outliers]
+    yield from _spread_over(range(len(sizes)), sizes, budget)
+    if outliers and others:
+        yield from _spread_over(others, sizes, budget)
+        kept = [i for n, i in enumerate(outliers) if sum(sizes[j] for j in outliers[: n + 1]) <= budget]
+        left = budget - sum(sizes[i] for i in kept)
+        yield from ((*kept, *chosen) for chosen in _spread_over(others, sizes, left))
+
+
+def _spread_over(among: Sequence[int], sizes: Sequence[int], budget: int) -> Iterator[tuple[int, ...]]:
+    for count in range(len(among), -1, -1):
+        chosen = tuple(among[i] for i in spread(count, len(among)))
         if sum(sizes[i] for i in chosen) <= budget:
-            return list(chosen)
-    return []
+            yield chosen
+            break
+    yield from (_even_by_bytes(among, sizes, budget, phase=phase) for phase in _PHASES)
+
+
+def _even_by_bytes(
+    among: Sequence[int], sizes: Sequence[int], budget: int, *, phase: float
+) -> tuple[int, ...]:
+    """Blocks of which at any point as many bytes are chosen as the budget's share of those passed so far."""
+    share = budget / max(1, sum(sizes[i] for i in among))
+    chosen: list[int] = []
+    passed = used = 0
+    for i in among:
+        passed += sizes[i]
+        if used + sizes[i] <= min(budget, share * passed + phase * sizes[i]):
+            chosen.append(i)
+            used += sizes[i]
+    return tuple(chosen)
+
+
+def _filled(chosen: Sequence[int], sizes: Sequence[int], budget: int) -> tuple[int, ...]:
+    """The blocks chosen, and the largest others for which there is still room."""
+    kept = set(chosen)
+    left = budget - sum(sizes[i] for i in kept)
+    for i in sorted(set(range(len(sizes))) - kept, key=lambda i: (-sizes[i], i)):
+        if sizes[i] <= left:
+            kept.add(i)
+            left -= sizes[i]
+    return tuple(sorted(kept))
+
+
+def _pass_s(
+    sizes: Sequence[int], pieces: Sequence[Sequence[int]], host: Sequence[int], *, slowness: float, depth: int
+) -> float:
+    """Of one pass, if all work takes a second and reading a byte `slowness` times as long as its work."""
+    total = sum(sizes)
+    resident = set(host)
+    steps = [
+        Step(work_s=piece / total, read_s=0.0 if i in resident else piece / total * slowness)
+        for i, size in enumerate(sizes)
+        for piece in ((size,) if i in resident else pieces[i])
+    ]
+    return round(overlap(steps, depth=depth).pass_s, 9)  # what differs by less is equal: the first is taken
