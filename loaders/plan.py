@@ -17,7 +17,7 @@ from typing import Final
 
 from endor.errors import PlanError
 
-__all__ = ["PAGE_BYTES", "LoadPlan", "ReadOp", "Unit", "first_fit", "round_up"]
+__all__ = ["PAGE_BYTES", "LoadPlan", "ReadOp", "Unit", "first_fit", "ring_bytes_of", "round_up"]
 
 PAGE_BYTES: Final = 4096
 """Alignment of file offsets, memory addresses and lengths that every O_DIRECT file system accepts."""
@@ -131,10 +131,10 @@ class LoadPlan:
     @cached_property
     def ring_bytes(self) -> int:
         """Staging memory with which one unit in use and `depth` units ahead of it always fit."""
-        return _ring_bytes([unit.span_bytes for unit in self.units], self.depth)
+        return ring_bytes_of([unit.span_bytes for unit in self.units], self.depth)
 
 
-def _ring_bytes(sizes: Sequence[int], depth: int) -> int:
+def ring_bytes_of(sizes: Sequence[int], depth: int) -> int:
     """High-water mark of placing the units in order, each when the unit `depth + 1` before it is released."""
     ahead: deque[tuple[int, int]] = deque(maxlen=depth)
     seen: set[tuple[int, tuple[tuple[int, int], ...]]] = set()

@@ -1,7 +1,7 @@
-"""How long one pass over a model takes when reading, copying and computing overlap in a ring: by simulation.
+"""How long a pass over a model takes when reading, copying and computing overlap in a ring: by simulation.
 
-A unit is read when its turn on the disk comes and the unit `depth + 1` before it has left the ring; then it is
-copied to the device, if that has memory of its own; then it is used. Units that stay only take their work.
+A unit is read when its turn on the disk comes and the unit `depth + 1` before it has left the ring; then it
+is copied to the device, if that has memory of its own; then it is used. Units that stay only take their work.
 """
 
 from __future__ import annotations

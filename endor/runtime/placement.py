@@ -68,7 +68,9 @@ def plan_placement(
     _check_budget(names, sizes, host_bytes)
     if sum(sizes) <= host_bytes:
         return Placement(tuple(range(len(sizes))), ())
-    candidates = dict.fromkeys(_filled(chosen, sizes, host_bytes) for chosen in _candidates(sizes, host_bytes))
+    candidates = dict.fromkeys(
+        _filled(chosen, sizes, host_bytes) for chosen in _candidates(sizes, host_bytes)
+    )
     pieces = [(size,) for size in sizes] if pieces is None else pieces
     # A disk that reads what the budget leaves in the time that the work on everything takes.
     slowness = sum(sizes) / (sum(sizes) - host_bytes)

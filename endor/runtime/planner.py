@@ -1,4 +1,4 @@
-"""From what a model has, a memory budget and bandwidths to what goes where and what that gives: pure functions.
+"""From what a model has, budgets and bandwidths to what goes where and what that gives: pure functions.
 
 `endor.load` places by `decide`, which looks at sizes and budgets only; `endor plan` adds `predict`, which
 takes bandwidths as well. Nothing here reads a file or looks at the machine.
@@ -6,15 +6,14 @@ takes bandwidths as well. Nothing here reads a file or looks at the machine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from endor.errors import PlanError
-from endor.loaders import LoadPlan, ReadOp, Unit
-from endor.loaders.plan import round_up
+from endor.loaders.plan import ring_bytes_of, round_up
 from endor.loaders.staging import HUGE_PAGE_BYTES
 from endor.runtime.overlap import Step, overlap
 from endor.runtime.placement import Placement, plan_placement
@@ -32,8 +31,13 @@ __all__ = [
     "TableSize",
     "Timing",
     "Traffic",
+    "decide",
     "plan",
+    "predict",
 ]
+
+_SCRATCHES: Final = ("stored_bytes", "cast_bytes")
+_MOST_TOKENS: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -220,13 +224,15 @@ class Decision:
         placement: of the blocks.
         dense_tables: names of those that become dense parameters.
         expert_slots: experts that are in memory at a time.
-        memory: what that takes.
+        memory: what that takes where weights are used.
+        host_memory: what it takes in the host's, if that is a device with its own memory.
     """
 
     placement: Placement
     dense_tables: frozenset[str]
     expert_slots: int
     memory: Memory
+    host_memory: Memory | None = None
 
 
 @dataclass(frozen=True)
@@ -240,5 +246,186 @@ class Plan:
 
 def plan(sizes: ModelSizes, budgets: Budgets, rates: Rates, *, depth: int) -> Plan:
     """Decide what goes where, and predict bytes and seconds per token. Raises PlanError as `decide` does."""
-    decision = decide(sizes, budgets, depth=depth)
-    return predict(sizes, decision, rates, depth=depth, own_memory=budgets.device_bytes is not None)
+    return predict(sizes, decide(sizes, budgets, depth=depth), rates, depth=depth)
+
+
+def decide(sizes: ModelSizes, budgets: Budgets, *, depth: int) -> Decision:
+    """Share out the memory: blocks first, since every token needs all of each; then tables, then experts.
+
+    Args:
+        depth: units that are read ahead.
+
+    Raises PlanError for a budget that holds nothing and is not 0; the message says what would do.
+    """
+    own_memory = budgets.device_bytes is not None
+    here = budgets.host_bytes if budgets.device_bytes is None else budgets.device_bytes
+    every = range(len(sizes.blocks))
+    near = _choose(sizes, every, here, depth=depth)
+    left = here - sum(sizes.blocks[i].whole.nbytes for i in near)
+    rest = [i for i in every if i not in near]
+    far = _choose(sizes, rest, budgets.host_bytes, depth=depth) if own_memory else ()
+    dense, left = _dense_tables(sizes.tables, left)
+    placement = Placement(
+        host=far if own_memory else near,
+        disk=tuple(i for i in rest if i not in far),
+        device=near if own_memory else (),
+    )
+    slots = _expert_slots(sizes.experts, left, depth=depth)
+    return Decision(
+        placement, dense, slots, *_memory(sizes, placement, dense, slots, own_memory, depth=depth)
+    )
+
+
+def _choose(sizes: ModelSizes, among: Sequence[int], budget: int, *, depth: int) -> tuple[int, ...]:
+    blocks = [sizes.blocks[i] for i in among]
+    chosen = plan_placement(
+        [block.name for block in blocks],
+        [block.whole.nbytes for block in blocks],
+        host_bytes=budget,
+        pieces=[[piece.nbytes for piece in block.streamed] for block in blocks],
+        depth=depth,
+    ).host
+    return tuple(among[i] for i in chosen)
+
+
+def _dense_tables(tables: Iterable[TableSize], left: int) -> tuple[frozenset[str], int]:
+    """Those that fit, the smallest first, and the bytes that are left then."""
+    dense = set()
+    for table in sorted(tables, key=lambda table: (table.nbytes, table.name)):
+        if table.nbytes <= left:
+            dense.add(table.name)
+            left -= table.nbytes
+    return frozenset(dense), left
+
+
+def _expert_slots(experts: Sequence[ExpertSize], left: int, *, depth: int) -> int:
+    """As many as fit, up to all of them; one in use and those that are read ahead are there in any case."""
+    if not experts:
+        return 0
+    slot_bytes = max(layer.expert.span_bytes for layer in experts)
+    return max(2, depth + 1, min(sum(layer.count for layer in experts), left // slot_bytes))
+
+
+def _memory(
+    sizes: ModelSizes,
+    placement: Placement,
+    dense: frozenset[str],
+    slots: int,
+    own_memory: bool,
+    *,
+    depth: int,
+) -> tuple[Memory, Memory | None]:
+    """Where weights are used and, if that is a device with its own memory, in the host's as well."""
+    near = placement.device if own_memory else placement.host
+    streamed = _streamed(sizes, {*near}, dense)
+    ring = _arena(
+        ring_bytes_of([p.span_bytes for p in streamed], min(depth, len(streamed))) if streamed else 0
+    )
+    resident = {i: sizes.blocks[i].whole for i in (*placement.device, *placement.host)}
+    decoded = [*(resident[i] for i in near), *streamed, *(layer.expert for layer in sizes.experts)]
+    here = Memory(
+        ring=ring,
+        resident=_arena(sum(resident[i].span_bytes for i in near)),
+        experts=_arena(slots * max((layer.expert.span_bytes for layer in sizes.experts), default=0)),
+        scratch=sum(_arena(max((getattr(p, use) for p in decoded), default=0)) for use in _SCRATCHES),
+        dense=sizes.dense_bytes + sum(table.nbytes for table in sizes.tables if table.name in dense),
+    )
+    if not own_memory:
+        return here, None
+    return here, Memory(ring, _arena(sum(resident[i].span_bytes for i in placement.host)), 0, 0, 0)
+
+
+def _streamed(sizes: ModelSizes, resident: set[int], dense: frozenset[str]) -> list[Piece]:
+    """What goes through the ring, in the order of use."""
+    pieces = [p for i, block in enumerate(sizes.blocks) if i not in resident for p in block.streamed]
+    return pieces + [p for table in sizes.tables if table.name not in dense for p in table.tiles]
+
+
+def _arena(nbytes: int) -> int:
+    return round_up(nbytes, HUGE_PAGE_BYTES)
+
+
+def predict(sizes: ModelSizes, decision: Decision, rates: Rates, *, depth: int) -> Plan:
+    """Bytes and seconds of one token, after a first one has filled the ring and warmed the experts."""
+    experts = [_expert_time(layer, hits, rates, depth=depth) for layer, hits in _hits(sizes, decision)]
+    steps = [*_steps(sizes, decision, rates), Step(work_s=rates.token_s)]
+    read_s = sum(step.read_s for step in steps) + sum(e.read_s for e in experts)
+    copy_s = sum(step.copy_s for step in steps) + sum(e.copy_s for e in experts)
+    work_s = sum(step.work_s for step in steps) + sum(e.work_s for e in experts)
+    in_order_s = overlap(steps, depth=depth).pass_s + sum(e.work_s + e.exposed_s for e in experts)
+    exposed_s = max(0.0, in_order_s - max(read_s, copy_s, work_s))
+    return Plan(decision, _traffic(sizes, decision), Timing(read_s, copy_s, work_s, exposed_s))
+
+
+def _steps(sizes: ModelSizes, decision: Decision, rates: Rates) -> Iterable[Step]:
+    own_memory = decision.host_memory is not None
+    device, host = set(decision.placement.device), set(decision.placement.host)
+    for i, block in enumerate(sizes.blocks):
+        stays = i in device or (i in host and not own_memory)
+        pieces = (block.whole,) if stays or i in host else block.streamed
+        for piece in pieces:
+            yield Step(
+                work_s=rates.work_s(piece.nbytes, piece.kinds) + rates.block_s / len(pieces),
+                read_s=0.0 if stays or i in host else piece.nbytes / rates.disk_bytes_per_s,
+                copy_s=piece.nbytes / rates.copy_bytes_per_s if own_memory and not stays else 0.0,
+            )
+    for table in (table for table in sizes.tables if table.tiles):
+        for piece in table.tiles:
+            streamed = table.name not in decision.dense_tables
+            yield Step(
+                work_s=rates.work_s(piece.nbytes, piece.kinds),
+                read_s=piece.nbytes / rates.disk_bytes_per_s if streamed else 0.0,
+                copy_s=piece.nbytes / rates.copy_bytes_per_s if own_memory and streamed else 0.0,
+            )
+
+
+def _hits(sizes: ModelSizes, decision: Decision) -> list[tuple[ExpertSize, float]]:
+    """The share of each layer's routed experts that are still in memory, if the router takes all alike.
+
+    The slots hold the experts of the last `tokens` tokens; one is hit if it was among these. Routers that
+    have favourites do better.
+    """
+    slots = decision.expert_slots
+    if slots >= sum(layer.count for layer in sizes.experts):
+        return [(layer, 1.0) for layer in sizes.experts]
+    if slots < sum(layer.routed for layer in sizes.experts):
+        return [(layer, 0.0) for layer in sizes.experts]
+    low, high = 1.0, float(_MOST_TOKENS)
+    for _ in range(60):
+        middle = (low + high) / 2
+        held = sum(layer.count * _seen(layer, middle) for layer in sizes.experts)
+        low, high = (middle, high) if held <= slots else (low, middle)
+    return [(layer, _seen(layer, low)) for layer in sizes.experts]
+
+
+def _seen(layer: ExpertSize, tokens: float) -> float:
+    """The chance that an expert was routed to by any of so many tokens."""
+    return 1.0 - math.pow(1.0 - layer.routed / layer.count, tokens)
+
+
+def _expert_time(layer: ExpertSize, hits: float, rates: Rates, *, depth: int) -> Timing:
+    """Of one layer's experts: the first that is missing is only asked for when the router has chosen."""
+    missing = layer.routed * (1.0 - hits)
+    read_s = layer.expert.nbytes / rates.disk_bytes_per_s
+    copy_s = layer.expert.nbytes / rates.copy_bytes_per_s
+    work_s = rates.work_s(layer.expert.nbytes, layer.expert.kinds)
+    hidden_s = max(0.0, missing - 1.0) * min(read_s, work_s) if depth else 0.0
+    return Timing(missing * read_s, missing * copy_s, layer.routed * work_s, missing * read_s - hidden_s)
+
+
+def _traffic(sizes: ModelSizes, decision: Decision) -> Traffic:
+    placement, dense = decision.placement, decision.dense_tables
+    hit, missed = 0.0, 0.0
+    for layer, hits in _hits(sizes, decision):
+        hit += layer.routed * hits * layer.expert.nbytes
+        missed += layer.routed * (1.0 - hits) * layer.expert.nbytes
+    tables = [table for table in sizes.tables if table.name not in dense]
+    rows = sum(table.row_bytes for table in tables)
+    tiles = sum(piece.nbytes for table in tables for piece in table.tiles)
+    blocks = {
+        tier: sum(sizes.blocks[i].whole.nbytes for i in getattr(placement, tier))
+        for tier in ("device", "host")
+    }
+    blocks["host" if decision.host_memory is None else "device"] += round(hit)
+    streamed = sum(p.nbytes for i in placement.disk for p in sizes.blocks[i].streamed)
+    return Traffic(**blocks, disk=streamed + tiles + rows + round(missed))
