@@ -1,19 +1,28 @@
-"""`endor plan`: where a model's blocks would be and how fast it could run, before its weights are read."""
+"""`endor plan`: what of a model would be where, and the tokens/s to expect, before its weights are read."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from endor.cli.options import SIZE, common_options, emit_json, exits_cleanly, format_size, say
+from endor.errors import LoadError
 
 if TYPE_CHECKING:
-    from endor.runtime.planner import Demand
+    from endor.runtime.planner import Budgets, Plan, Rates
+    from endor.runtime.survey import Parts
 
 __all__ = ["command"]
+
+_SHARES = (0, 25, 50, 75, 100)
+_GUESSED_DISK = 2e9
+_GUESSED_LINK = 20e9
+_GUESSED_DEVICE = 400e9
+_TABLE_WIDTH = 110
 
 
 class _Rate(click.ParamType[int]):
@@ -35,7 +44,12 @@ _RATE = _Rate()
     "--host-memory",
     type=SIZE,
     help="Bytes of compressed weights to keep in memory, e.g. 8GiB; 0 streams all.  "
-    "[default: what fits in 70 % of free memory]",
+    "[default: a table for 0 to 100 % of the model]",
+)
+@click.option(
+    "--device-memory",
+    type=SIZE,
+    help="The same in the memory of a device that has its own; `run-offloaded` does not use one yet.",
 )
 @click.option(
     "--depth",
@@ -46,7 +60,10 @@ _RATE = _Rate()
 )
 @click.option("--disk-bandwidth", type=_RATE, help="Of the disk, e.g. 2GB/s.  [default: measured once]")
 @click.option(
-    "--memory-bandwidth", type=_RATE, help="At which memory is read, e.g. 20GB/s.  [default: measured once]"
+    "--memory-bandwidth",
+    type=_RATE,
+    help="At which compressed weights are decoded and multiplied, e.g. 8GB/s.  "
+    "[default: measured on weights of the model]",
 )
 @common_options
 @exits_cleanly
@@ -54,84 +71,252 @@ def command(
     *,
     model: Path,
     host_memory: int | None,
+    device_memory: int | None,
     depth: int,
     disk_bandwidth: int | None,
     memory_bandwidth: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Say where the blocks of the Endor checkpoint in directory MODEL would be, and the tokens/s to expect.
+    """Say what of the Endor checkpoint in directory MODEL would be where, and the tokens/s to expect.
 
-    That is a bound, for one sequence, with reading hidden behind computing; decoding comes on top where it is
-    slower than memory. `run-offloaded --stats` says what really happens.
+    The prediction is for one sequence, after its first token: bytes are read while others are computed with,
+    and the slower of both decides. Weights are not read, but for a second's measurement of one block.
     """
-    from endor.runtime.planner import demand_of, predict
+    from endor.runtime.survey import survey
 
-    disk, memory = _bandwidths(model, disk_bandwidth, memory_bandwidth, quiet=quiet or as_json)
-    demand = demand_of(model, host_memory=host_memory, depth=depth)
-    forecast = predict(demand, disk_bytes_per_s=disk, memory_bytes_per_s=memory)
-    found = {
-        "placement": demand.placement.counts(),
-        "bytes_per_token": {"disk": demand.disk_bytes, "host": demand.host_bytes},
-        "memory": _memory(demand),
-        "bandwidth": {"disk": disk, "memory": memory},
-        "seconds_per_token": {"disk": forecast.disk_s, "memory": forecast.memory_s},
-        "bound": forecast.bound,
-        "tokens_per_second": forecast.tokens_per_s,
-    }
+    parts = survey(model, dtype=None, matmul="auto")
+    links = _links(model, parts, disk_bandwidth, memory_bandwidth, device_memory, quiet=quiet or as_json)
+    plans = _plans(parts, links.rates, host_memory, device_memory, depth=depth)
     if as_json:
-        emit_json(found)
+        emit_json(_to_json(model, parts, links, plans))
+    elif host_memory is None:
+        _print_table(plans, links)
     else:
-        _print(found)
+        _print_plan(plans[0], links)
 
 
-def _bandwidths(model: Path, disk: int | None, memory: int | None, *, quiet: bool) -> tuple[float, float]:
-    """Those given; what is not, as it was measured on this machine."""
-    if disk is not None and memory is not None:
-        return disk, memory
+@dataclass(frozen=True)
+class _Links:
+    """Rates, and in words where each is from."""
+
+    rates: Rates
+    sources: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One row: a budget and what it gives; `label` is for people."""
+
+    label: str
+    budgets: Budgets
+    plan: Plan
+
+
+def _plans(
+    parts: Parts, rates: Rates, host_memory: int | None, device_memory: int | None, *, depth: int
+) -> list[_Planned]:
+    from endor.runtime.planner import Budgets, plan
+
+    if host_memory is not None:
+        wanted = {format_size(host_memory): host_memory}
+    else:
+        wanted = {f"{share} %": _share(parts, share) for share in _SHARES} | {"default": _default(parts)}
+    budgets = {label: Budgets(n, device_memory) for label, n in wanted.items()}
+    return [_Planned(label, b, plan(parts.sizes, b, rates, depth=depth)) for label, b in budgets.items()]
+
+
+def _share(parts: Parts, percent: int) -> int:
+    """A budget of so much of the model, or 0 where that holds no block."""
+    smallest = min((block.whole.nbytes for block in parts.sizes.blocks), default=0)
+    budget = parts.sizes.nbytes * percent // 100
+    return budget if budget >= smallest else 0
+
+
+def _default(parts: Parts) -> int:
+    """What `endor.load` takes when nobody says."""
+    from endor.runtime.load import default_host_bytes
+
+    return default_host_bytes(to_come=parts.sizes.dense_bytes)
+
+
+# Bandwidths: given, measured, or guessed, and said to be so.
+
+
+def _links(
+    model: Path, parts: Parts, disk: int | None, memory: int | None, device: int | None, *, quiet: bool
+) -> _Links:
+    from endor.runtime.planner import BLOCK_S, TOKEN_S, Rates
+
+    disk_rate, disk_source = _disk(model, disk, quiet=quiet)
+    kinds: dict[str, float] = {}
+    if memory is not None:
+        work, work_source = float(memory), "given"
+    elif device is not None:
+        work, work_source = _GUESSED_DEVICE, "guessed: a common GPU; give --memory-bandwidth"
+    else:
+        kinds, work_source = _work(parts, quiet=quiet), "measured now on weights of this model"
+        work = min(kinds.values(), default=_GUESSED_LINK)
+    sources = {"disk": disk_source, "work": work_source}
+    if device is None:
+        return _Links(Rates(disk_rate, work, kinds=kinds, block_s=BLOCK_S, token_s=TOKEN_S), sources)
+    sources["copy"] = "guessed: PCI Express 4.0 with 16 lanes"
+    rates = Rates(disk_rate, work, copy_bytes_per_s=_GUESSED_LINK, block_s=BLOCK_S, token_s=TOKEN_S)
+    return _Links(rates, sources)
+
+
+def _disk(model: Path, given: int | None, *, quiet: bool) -> tuple[float, str]:
     from endor.runtime.bandwidth import cached_bandwidths, machine_bandwidths
 
+    if given is not None:
+        return float(given), "given"
     found = cached_bandwidths(model)
     if found is None:
         say(f"measuring memory and the disk of {model}", quiet=quiet)
-        found = machine_bandwidths(model)
-    return disk or found.disk.bytes_per_s, memory or found.memory.bytes_per_s
+        try:
+            found = machine_bandwidths(model)
+        except LoadError as error:
+            return _GUESSED_DISK, f"guessed, as it cannot be measured ({error}); give --disk-bandwidth"
+    return found.disk.bytes_per_s, f"measured {found.disk.measured}"
 
 
-def _memory(demand: Demand) -> dict[str, int]:
+def _work(parts: Parts, *, quiet: bool) -> dict[str, float]:
+    from endor.runtime.work import measure_work
+
+    say("measuring how fast weights of this model are multiplied", quiet=quiet)
+    return measure_work(parts, matmul="auto")
+
+
+# What is printed.
+
+
+def _to_json(model: Path, parts: Parts, links: _Links, plans: list[_Planned]) -> dict[str, Any]:
+    rates = links.rates
+    bandwidth: dict[str, Any] = {
+        "disk": {"bytes_per_s": rates.disk_bytes_per_s, "source": links.sources["disk"]},
+        "work": {
+            "bytes_per_s": rates.work_bytes_per_s,
+            "kinds": dict(rates.kinds),
+            "source": links.sources["work"],
+        },
+    }
+    if "copy" in links.sources:
+        bandwidth["copy"] = {"bytes_per_s": rates.copy_bytes_per_s, "source": links.sources["copy"]}
     return {
-        "resident": demand.resident_bytes,
-        "ring": demand.ring_bytes,
-        "dense": demand.dense_bytes,
-        "total": demand.memory_bytes,
+        "model": str(model),
+        "bytes": parts.sizes.nbytes,
+        "bandwidth": bandwidth,
+        "plans": [_plan_to_json(planned) for planned in plans],
     }
 
 
-def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
+def _plan_to_json(planned: _Planned) -> dict[str, Any]:
+    decision, timing = planned.plan.decision, planned.plan.timing
+    memory = asdict(decision.memory) | {"total": decision.memory.total}
+    if decision.host_memory is not None:
+        memory["host"] = decision.host_memory.total
+    return {
+        "label": planned.label,
+        "host_memory": planned.budgets.host_bytes,
+        "device_memory": planned.budgets.device_bytes,
+        "placement": decision.placement.counts(),
+        "expert_slots": decision.expert_slots,
+        "bytes_per_token": asdict(planned.plan.traffic),
+        "memory": memory,
+        "seconds_per_token": {
+            "read": timing.read_s,
+            "copy": timing.copy_s,
+            "work": timing.work_s,
+            "exposed": timing.exposed_s,
+            "total": timing.token_s,
+        },
+        "bound": timing.bound,
+        "tokens_per_second": timing.tokens_per_s,
+    }
+
+
+def _print_table(plans: list[_Planned], links: _Links) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("to keep", style="bold", no_wrap=True)
+    for name in ("bytes", "blocks kept", "from disk/token", "memory", "tokens/s", "bound by"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for planned in plans:
+        decision, plan = planned.plan.decision, planned.plan
+        counts = decision.placement.counts()
+        table.add_row(
+            planned.label,
+            format_size(planned.budgets.host_bytes),
+            f"{counts['device'] + counts['host']} of {sum(counts.values())}",
+            format_size(plan.traffic.disk),
+            format_size(decision.memory.total),
+            f"{plan.timing.tokens_per_s:.2f}",
+            plan.timing.bound,
+        )
+    _show(table)
+    for name, text in _link_rows(links):
+        click.echo(f"{name}: {text}")
+
+
+def _print_plan(planned: _Planned, links: _Links) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in _rows(found):
+    for name, text in (*_plan_rows(planned.plan), *_link_rows(links)):
         table.add_row(name, text)
-    Console(highlight=False).print(table)
+    _show(table)
 
 
-def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    blocks, moved, memory = found["placement"], found["bytes_per_token"], found["memory"]
-    seconds, rates = found["seconds_per_token"], found["bandwidth"]
-    return [
-        ("blocks", f"{blocks['host']} in memory, {blocks['disk']} streamed from disk"),
-        ("per token", f"{format_size(moved['disk'])} from disk, {format_size(moved['host'])} from memory"),
+def _show(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(table)
+
+
+def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    decision, timing, moved = plan.decision, plan.timing, asdict(plan.traffic)
+    counts = decision.placement.counts()
+    kept = [f"{counts['device']} on the device"] if decision.host_memory else []
+    rows = [
+        ("blocks", ", ".join([*kept, f"{counts['host']} in memory", f"{counts['disk']} streamed from disk"])),
+        ("per token", ", ".join(f"{format_size(n)} from {t}" for t, n in moved.items() if n or t == "disk")),
+        ("memory", _memory_text(asdict(decision.memory), decision.memory.total)),
         (
-            "memory",
-            ", ".join(f"{name} {format_size(memory[name])}" for name in ("resident", "ring", "dense")),
+            "seconds per token",
+            f"read {timing.read_s:.4f}, "
+            + (f"copy {timing.copy_s:.4f}, " if decision.host_memory else "")
+            + f"decode and compute {timing.work_s:.4f}, not overlapped {timing.exposed_s:.4f}",
         ),
-        *(
-            (f"{link} time", f"{seconds[link]:.3f} s per token at {rates[link] / 1e9:.2f} GB/s")
-            for link in ("disk", "memory")
-        ),
-        ("tokens/s", f"{found['tokens_per_second']:.2f} at most, bound by {found['bound']}"),
+        ("tokens/s", f"{timing.tokens_per_s:.2f} predicted, bound by {timing.bound}"),
     ]
+    if decision.host_memory:
+        text = _memory_text(asdict(decision.host_memory), decision.host_memory.total)
+        rows.insert(3, ("memory of the host", text))
+    if decision.expert_slots:
+        rows.insert(1, ("experts", f"room for {decision.expert_slots}; all are taken to be as likely"))
+    return rows
+
+
+def _memory_text(parts: dict[str, int], total: int) -> str:
+    named = ", ".join(f"{name} {format_size(n)}" for name, n in parts.items() if n)
+    return f"{format_size(total)}: {named}" if named else format_size(total)
+
+
+def _link_rows(links: _Links) -> list[tuple[str, str]]:
+    rates = links.rates
+    work = ", ".join(f"{rate / 1e9:.2f} GB/s {kind}" for kind, rate in sorted(rates.kinds.items()))
+    rows = [
+        ("disk", f"{rates.disk_bytes_per_s / 1e9:.2f} GB/s, {links.sources['disk']}"),
+        (
+            "decode and compute",
+            f"{work or f'{rates.work_bytes_per_s / 1e9:.2f} GB/s'}, {links.sources['work']}",
+        ),
+    ]
+    if "copy" in links.sources:
+        rows.append(("to the device", f"{rates.copy_bytes_per_s / 1e9:.2f} GB/s, {links.sources['copy']}"))
+    return rows

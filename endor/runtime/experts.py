@@ -97,11 +97,11 @@ class ExpertCache:
         if key in self._wanted:
             while self._wanted.popleft() != key:
                 pass
-        self._in_use = key
+        again, self._in_use = key == self._in_use, key  # another of its weights
         slot = self._taken.get(key) or self._launch(key) or self._launch_instead(key)
         self._taken.move_to_end(key)
         self._fill()
-        return self._finish(key, slot)
+        return self._finish(key, slot, again=again)
 
     def close(self) -> None:
         """End all reads and free the memory. Idempotent."""
@@ -111,9 +111,9 @@ class ExpertCache:
         self._free.clear()
         self._pool.close()
 
-    def _finish(self, key: ExpertKey, slot: _Slot) -> Mapping[str, PackedTensor]:
+    def _finish(self, key: ExpertKey, slot: _Slot, *, again: bool) -> Mapping[str, PackedTensor]:
         if slot.weights is not None and slot.expert is not None:
-            self._stats.host_bytes += slot.expert.unit.total_bytes
+            self._stats.host_bytes += 0 if again else slot.expert.unit.total_bytes
             return slot.weights
         assert slot.expert is not None
         unit = slot.expert.unit

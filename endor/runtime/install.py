@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,7 +20,15 @@ from endor.runtime.skeleton import find_module, install
 from endor.runtime.sliced import SlicedWeight
 from endor.runtime.streaming import WeightBlock
 
-__all__ = ["Installed", "dense_bytes", "install_dense", "install_weights", "is_direct", "stored_dtype"]
+__all__ = [
+    "Installed",
+    "dense_bytes",
+    "install_dense",
+    "install_unread",
+    "install_weights",
+    "is_direct",
+    "stored_dtype",
+]
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,18 @@ class Installed:
 _Weight = TypeVar("_Weight", bound=BitmapTensor)
 
 
-def install_weights(model: Any, checkpoint: Checkpoint) -> Installed:
+def install_weights(
+    model: Any, checkpoint: Checkpoint, *, dense: Callable[[Any, TensorEntry, Checkpoint], None] | None = None
+) -> Installed:
     """Put every tensor of `checkpoint` into `model`, a skeleton whose dtypes are those that are wanted.
+
+    Args:
+        dense: what is done with those that stay as they are: `install_dense`, or `install_unread` for a model
+            that is only planned for.
 
     Raises FormatError, ChecksumError and LoadError for what cannot be read or does not fit.
     """
+    dense = install_dense if dense is None else dense
     blocks = []
     tables: dict[str, SlicedWeight] = {}
     experts: dict[nn.Module, dict[str, SlicedWeight]] = {}
@@ -63,7 +79,7 @@ def install_weights(model: Any, checkpoint: Checkpoint) -> Installed:
             elif _is_table(model, entry):
                 tables[entry.name] = _install_sliced(model, entry)
             else:
-                install_dense(model, entry, checkpoint)
+                dense(model, entry, checkpoint)
         if weights:
             assert module is not None
             blocks.append(WeightBlock(module, home, weights, left_out=frozenset(apart)))
@@ -158,5 +174,14 @@ def install_dense(model: Any, entry: TensorEntry, checkpoint: Checkpoint) -> Non
     """Read an entry, decode it and make it the model's parameter or buffer of that name."""
     dense = checkpoint.read_dense(entry.name)
     shared = nn.Parameter(dense.to(_shown_dtype(model, entry.name, dense.dtype)), requires_grad=False)
+    for name in (entry.name, *entry.aliases):
+        install(model, name, shared)
+
+
+def install_unread(model: Any, entry: TensorEntry, _: Checkpoint) -> None:
+    """Make a tensor on meta, as large as `install_dense` would make it, the model's parameter or buffer."""
+    layout = entry.layout
+    shown = torch.empty(layout.shape, dtype=_shown_dtype(model, entry.name, layout.dtype), device="meta")
+    shared = nn.Parameter(shown, requires_grad=False)
     for name in (entry.name, *entry.aliases):
         install(model, name, shared)

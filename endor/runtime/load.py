@@ -21,6 +21,7 @@ from endor.runtime.scratch import DecodeScratch
 from endor.runtime.skeleton import build_skeleton, check_complete
 from endor.runtime.stats import StatsRecorder
 from endor.runtime.streaming import Runtime, WeightBlock
+from endor.runtime.survey import find_parts
 from endor.runtime.trace import Trace, TracedReader
 
 __all__ = ["default_host_bytes", "load", "runtime_of"]
@@ -82,7 +83,8 @@ def load(
         installed = install_weights(model, checkpoint)
         check_complete(model, Path(directory))
         budget = default_host_bytes() if host_memory is None else host_memory
-        plan = place(model, installed, checkpoint, host_bytes=budget, depth=depth, verify=verify != "never")
+        parts = find_parts(model, installed, checkpoint, matmul=matmul)
+        plan = place(model, parts, checkpoint, host_bytes=budget, depth=depth, verify=verify != "never")
     scratch = DecodeScratch(plan.decoded(), stats, matmul=matmul)
     for weight in plan.weights():
         weight.use_scratch(scratch)
@@ -114,9 +116,10 @@ def runtime_of(model: nn.Module) -> Runtime:
     return runtime
 
 
-def default_host_bytes() -> int:
-    """What blocks that stay in memory may take when nobody says."""
-    return int(_HOST_SHARE * (available_bytes() or 0))
+def default_host_bytes(*, to_come: int = 0) -> int:
+    """What compressed weights may take when nobody says, of what is free once `to_come` bytes of others are
+    loaded."""
+    return int(_HOST_SHARE * max(0, (available_bytes() or 0) - to_come))
 
 
 def _check_options(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Final
@@ -15,6 +15,7 @@ __all__ = ["Placement", "plan_placement", "spread"]
 _OUTLIER: Final = 1.5
 """Times the usual block: such a one (a head) is tried resident first, and streamed first."""
 _PHASES: Final = (0.0, 0.25, 0.5, 0.75)
+_DISKS: Final = (0.75, 1.0, 1.5)
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ def plan_placement(
 ) -> Placement:
     """Keep as many bytes in host memory as fit, in blocks that leave the disk no time to rest.
 
-    Of some sets of blocks that fill the budget, the one is taken with which a pass is shortest where the disk
-    is just as fast as the work: with a disk much slower or faster it matters little which blocks stay. So the
-    placement depends on sizes alone, not on what somebody measured.
+    Of some sets of blocks that fill the budget, the one is taken with which passes are shortest where the
+    disk is about as fast as the work: with a disk much slower or faster it matters little which blocks stay.
+    So the placement depends on sizes alone, not on what somebody measured.
 
     Args:
         names: of the blocks, in execution order, for messages.
@@ -72,9 +73,9 @@ def plan_placement(
         _filled(chosen, sizes, host_bytes) for chosen in _candidates(sizes, host_bytes)
     )
     pieces = [(size,) for size in sizes] if pieces is None else pieces
-    # A disk that reads what the budget leaves in the time that the work on everything takes.
-    slowness = sum(sizes) / (sum(sizes) - host_bytes)
-    host = min(candidates, key=lambda chosen: _pass_s(sizes, pieces, chosen, slowness=slowness, depth=depth))
+    # With the middle one a disk reads what the budget leaves in the time that the work on everything takes.
+    slowness = [factor * sum(sizes) / (sum(sizes) - host_bytes) for factor in _DISKS]
+    host = min(candidates, key=lambda chosen: _passes_s(sizes, pieces, chosen, slowness, depth=depth))
     return Placement(host, tuple(i for i in range(len(sizes)) if i not in host))
 
 
@@ -136,15 +137,22 @@ def _filled(chosen: Sequence[int], sizes: Sequence[int], budget: int) -> tuple[i
     return tuple(sorted(kept))
 
 
-def _pass_s(
-    sizes: Sequence[int], pieces: Sequence[Sequence[int]], host: Sequence[int], *, slowness: float, depth: int
+def _passes_s(
+    sizes: Sequence[int],
+    pieces: Sequence[Sequence[int]],
+    host: Sequence[int],
+    slowness: Iterable[float],
+    *,
+    depth: int,
 ) -> float:
-    """Of one pass, if all work takes a second and reading a byte `slowness` times as long as its work."""
-    total = sum(sizes)
-    resident = set(host)
-    steps = [
-        Step(work_s=piece / total, read_s=0.0 if i in resident else piece / total * slowness)
-        for i, size in enumerate(sizes)
-        for piece in ((size,) if i in resident else pieces[i])
-    ]
-    return round(overlap(steps, depth=depth).pass_s, 9)  # what differs by less is equal: the first is taken
+    """Of a pass with each disk, if all work takes a second and reading a byte `slowness` times its work."""
+    resident, total = set(host), sum(sizes)
+    passes_s = 0.0
+    for slow in slowness:
+        steps = [
+            Step(work_s=piece / total, read_s=0.0 if i in resident else piece / total * slow)
+            for i, size in enumerate(sizes)
+            for piece in ((size,) if i in resident else pieces[i])
+        ]
+        passes_s += overlap(steps, depth=depth).pass_s
+    return round(passes_s, 9)  # what differs by less is equal: the first is taken

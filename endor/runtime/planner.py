@@ -19,6 +19,8 @@ from endor.runtime.overlap import Step, overlap
 from endor.runtime.placement import Placement, plan_placement
 
 __all__ = [
+    "BLOCK_S",
+    "TOKEN_S",
     "BlockSize",
     "Budgets",
     "Decision",
@@ -31,10 +33,16 @@ __all__ = [
     "TableSize",
     "Timing",
     "Traffic",
+    "check_room",
     "decide",
     "plan",
     "predict",
 ]
+
+BLOCK_S: Final = 0.0003
+"""A block's norms, rotations, attention over a short context and calls, on two cores of a Zen 5 server."""
+TOKEN_S: Final = 0.0005
+"""What a generation does between two forwards."""
 
 _SCRATCHES: Final = ("stored_bytes", "cast_bytes")
 _MOST_TOKENS: Final = 1 << 20
@@ -74,13 +82,20 @@ class BlockSize:
 
 @dataclass(frozen=True)
 class TableSize:
-    """An embedding: dense in memory, or read by rows; with `tiles` if it is a head as well."""
+    """An embedding: dense in memory, or read by rows.
+
+    Attributes:
+        nbytes: on disk.
+        dense_bytes: in memory, in the dtype that is computed in.
+        row_bytes: read for each token.
+        tiles: if it is a head as well.
+    """
 
     name: str
     nbytes: int
+    dense_bytes: int
     row_bytes: int
     tiles: tuple[Piece, ...] = ()
-    kinds: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True)
@@ -212,6 +227,12 @@ class Timing:
         return max(self.read_s, self.copy_s, self.work_s) + self.exposed_s
 
     @property
+    def bound(self) -> str:
+        """What decides: `disk`, `copy` or `work`."""
+        parts = {"disk": self.read_s, "copy": self.copy_s, "work": self.work_s}
+        return max(parts, key=parts.__getitem__)
+
+    @property
     def tokens_per_s(self) -> float:
         return 1 / self.token_s if self.token_s else float("inf")
 
@@ -276,6 +297,43 @@ def decide(sizes: ModelSizes, budgets: Budgets, *, depth: int) -> Decision:
     )
 
 
+def check_room(sizes: ModelSizes, budgets: Budgets, *, depth: int, free_bytes: int | None) -> None:
+    """Refuse a budget whose plan needs more memory than is free once what is dense in any case is there.
+
+    Raises PlanError, which says what is needed at least and which budget would fit.
+    """
+    decision = decide(sizes, budgets, depth=depth)
+    needed = decision.memory.total - sizes.dense_bytes
+    if free_bytes is None or needed <= free_bytes:
+        return
+    memory = decision.memory
+    fits = _fitting(sizes, budgets.host_bytes, depth=depth, free_bytes=free_bytes)
+    least = decide(sizes, Budgets(0), depth=0).memory.total - sizes.dense_bytes
+    advice = (
+        f"at least {least} bytes are needed, with host_memory=0 and depth=0"
+        if fits is None
+        else f"host_memory={fits} would fit"
+    )
+    raise PlanError(
+        f"{needed} bytes of memory are needed, {free_bytes} are free: ring {memory.ring}, resident "
+        f"{memory.resident}, experts {memory.experts}, scratch {memory.scratch}, embeddings "
+        f"{memory.dense - sizes.dense_bytes}; {advice}"
+    )
+
+
+def _fitting(sizes: ModelSizes, host_bytes: int, *, depth: int, free_bytes: int) -> int | None:
+    """A budget below `host_bytes` whose plan fits, or None if not even 0 does."""
+    smallest = min((block.whole.nbytes for block in sizes.blocks), default=0)
+    while True:
+        needed = decide(sizes, Budgets(host_bytes), depth=depth).memory.total - sizes.dense_bytes
+        if needed <= free_bytes:
+            return host_bytes
+        if host_bytes == 0:
+            return None
+        host_bytes -= needed - free_bytes
+        host_bytes = host_bytes if host_bytes >= smallest else 0
+
+
 def _choose(sizes: ModelSizes, among: Sequence[int], budget: int, *, depth: int) -> tuple[int, ...]:
     blocks = [sizes.blocks[i] for i in among]
     chosen = plan_placement(
@@ -328,7 +386,7 @@ def _memory(
         resident=_arena(sum(resident[i].span_bytes for i in near)),
         experts=_arena(slots * max((layer.expert.span_bytes for layer in sizes.experts), default=0)),
         scratch=sum(_arena(max((getattr(p, use) for p in decoded), default=0)) for use in _SCRATCHES),
-        dense=sizes.dense_bytes + sum(table.nbytes for table in sizes.tables if table.name in dense),
+        dense=sizes.dense_bytes + sum(table.dense_bytes for table in sizes.tables if table.name in dense),
     )
     if not own_memory:
         return here, None

@@ -13,7 +13,13 @@ from endor.kernels.scratch import ThreadScratch
 from endor.loaders import StagingPool
 from endor.runtime.stats import StatsRecorder
 
-__all__ = ["DecodeScratch"]
+__all__ = ["DecodeScratch", "decoded_bytes"]
+
+
+def decoded_bytes(layout: TensorLayout, dtype: torch.dtype, *, matmul: str) -> tuple[int, int]:
+    """Dense bytes of what is decoded of a weight at a time, as stored and, if that is another dtype, cast."""
+    numel = layout.geometry.numel if matmul == "decode" else math.prod(tile_shape(layout))
+    return numel * layout.dtype.itemsize, 0 if dtype == layout.dtype else numel * dtype.itemsize
 
 
 class DecodeScratch(ThreadScratch):
@@ -37,10 +43,8 @@ class DecodeScratch(ThreadScratch):
         self._pools: list[StagingPool] = []
         wanted = {"stored": 0, "cast": 0}
         for layout, dtype in weights:
-            numel = layout.geometry.numel if matmul == "decode" else math.prod(tile_shape(layout))
-            wanted["stored"] = max(wanted["stored"], numel * layout.dtype.itemsize)
-            if dtype != layout.dtype:
-                wanted["cast"] = max(wanted["cast"], numel * dtype.itemsize)
+            stored, cast = decoded_bytes(layout, dtype, matmul=matmul)
+            wanted = {"stored": max(wanted["stored"], stored), "cast": max(wanted["cast"], cast)}
         for use, nbytes in wanted.items():
             if nbytes:
                 self._reserve(use, nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -68,10 +69,16 @@ def install(model: nn.Module, name: str, tensor: torch.Tensor | nn.Parameter) ->
         module._buffers[leaf] = tensor.data
 
 
-def check_complete(model: nn.Module, directory: Path) -> None:
-    """Raise FormatError if a parameter or buffer of the model is still without a value."""
+def check_complete(model: nn.Module, directory: Path, *, unread: Collection[str] = ()) -> None:
+    """Raise FormatError if a parameter or buffer of the model is still without a value.
+
+    Args:
+        model: with everything in it that the checkpoint has.
+        directory: of the checkpoint, for the message.
+        unread: names whose values are left out on purpose.
+    """
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    missing = [name for name, tensor in named if tensor.device.type == "meta"]
+    missing = [name for name, tensor in named if tensor.device.type == "meta" and name not in unread]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise FormatError(

@@ -17,7 +17,7 @@ from endor.errors import KernelError
 from endor.formats.packed import PackedTensor, TensorLayout
 from endor.kernels.tensor import BitmapTensor
 
-__all__ = ["SliceSource", "SlicedWeight"]
+__all__ = ["SliceSource", "SlicedWeight", "as_matrix"]
 
 _GET_ITEM = torch.Tensor.__getitem__
 _BY_PARTS = frozenset({F.embedding, F.linear, _GET_ITEM})
@@ -167,11 +167,11 @@ def _matrix(weight: SlicedWeight, index: int) -> torch.Tensor:
     if not -count <= index < count:
         raise IndexError(f"index {index} is out of range for a stack of {count} matrices")
     packed = weight.source.matrix(index % count)
-    matrix = _as_matrix(packed)
+    matrix = as_matrix(packed)
     return weight.part(packed).to_dense()[0] if matrix is None else weight.part(matrix)
 
 
-def _as_matrix(packed: PackedTensor) -> PackedTensor | None:
+def as_matrix(packed: PackedTensor) -> PackedTensor | None:
     """The one matrix of a stack as a matrix; None where its rows would form other row blocks."""
     layout = packed.layout
     rows, cols = layout.shape[1:]

@@ -1,0 +1,188 @@
+"""What of a model can be streamed, in which pieces, and how large they are: what the planner decides on."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from endor.checkpoint import Checkpoint
+from endor.formats.packed import TensorLayout
+from endor.kernels.tensor import BitmapTensor
+from endor.loaders import Unit
+from endor.runtime.install import (
+    Installed,
+    dense_bytes,
+    install_unread,
+    install_weights,
+    is_direct,
+    stored_dtype,
+)
+from endor.runtime.planner import BlockSize, ExpertSize, ModelSizes, Piece, TableSize
+from endor.runtime.scratch import decoded_bytes
+from endor.runtime.skeleton import build_skeleton, check_complete
+from endor.runtime.sliced import SlicedWeight
+from endor.runtime.slices import ExpertStacks, Table, open_rows
+from endor.runtime.streaming import WeightBlock
+
+__all__ = ["Parts", "find_parts", "kind_of", "matrix_of", "survey"]
+
+_TILE_BYTES = 16 << 20
+"""Of a head, where no block says what is usual: requests of this size reach the disk's full speed."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What of a model can be streamed, and its sizes.
+
+    Attributes:
+        blocks: in execution order; a head larger than every layer has its tiles as `table`.
+        tables: embeddings, with tiles if they are heads too.
+        experts: of each Mixture-of-Experts layer.
+        sizes: of all these, in the same order.
+    """
+
+    blocks: tuple[WeightBlock, ...]
+    tables: tuple[Table, ...]
+    experts: tuple[ExpertStacks, ...]
+    sizes: ModelSizes
+
+
+def survey(directory: str | os.PathLike[str], *, dtype: torch.dtype | None, matmul: str) -> Parts:
+    """The parts of the model in `directory`, of which only headers and offsets are read.
+
+    Raises LoadError and FormatError as `endor.load` does.
+    """
+    with torch.device("cpu"), Checkpoint(directory) as checkpoint:
+        model = build_skeleton(checkpoint.directory, dtype=dtype, stored=stored_dtype(checkpoint))
+        installed = install_weights(model, checkpoint, dense=install_unread)
+        names = {n for entry in checkpoint.entries.values() for n in (entry.name, *entry.aliases)}
+        check_complete(model, Path(directory), unread=names)
+        return find_parts(model, installed, checkpoint, matmul=matmul)
+
+
+def find_parts(model: Any, installed: Installed, checkpoint: Checkpoint, *, matmul: str) -> Parts:
+    """What of `model` can be streamed; its checksums are still to be looked at.
+
+    Args:
+        model: whose dense parameters are there.
+        installed: what its weights are.
+        checkpoint: open.
+        matmul: `auto` or `decode`, which need other scratch.
+
+    Raises what reading offsets raises.
+    """
+    tile_bytes = max((b.nbytes for b in installed.blocks if not _is_head(b)), default=_TILE_BYTES)
+    blocks = tuple(_with_tiles(checkpoint, block, tile_bytes) for block in installed.blocks)
+    tables = tuple(_table(checkpoint, name, w, tile_bytes) for name, w in installed.tables.items())
+    experts = tuple(_experts(checkpoint, installed.experts))
+    sizes = ModelSizes(
+        tuple(_block_size(block, matmul) for block in blocks),
+        tuple(_table_size(table, matmul) for table in tables),
+        tuple(_expert_size(stacks, _routed(model), matmul) for stacks in experts),
+        dense_bytes(model),
+    )
+    return Parts(blocks, tables, experts, sizes)
+
+
+def kind_of(layout: TensorLayout) -> str:
+    """What decides how fast a weight is multiplied: `bitmap/exponent`."""
+    return f"{layout.mask}/{layout.codec}"
+
+
+def matrix_of(stack: BitmapTensor) -> TensorLayout:
+    """One dense matrix of a stack: what is decoded at a time."""
+    rows, cols = stack.shape[1:]
+    return TensorLayout((rows, cols), stack.packed_layout.dtype, "dense", "raw", rows * cols)
+
+
+def _is_head(block: WeightBlock) -> bool:
+    """Whether one linear layer is the whole block."""
+    return [type(weight) for weight in block.weights.values()] == [SlicedWeight]
+
+
+def _with_tiles(checkpoint: Checkpoint, block: WeightBlock, tile_bytes: int) -> WeightBlock:
+    if not _is_head(block) or block.nbytes <= tile_bytes:
+        return block
+    ((name, weight),) = block.weights.items()
+    assert isinstance(weight, SlicedWeight)
+    rows = open_rows(checkpoint, name, verify=False)
+    return replace(block, table=Table(weight, rows, rows.tiles(tile_bytes)))
+
+
+def _table(checkpoint: Checkpoint, name: str, weight: SlicedWeight, tile_bytes: int) -> Table:
+    rows = open_rows(checkpoint, name, verify=False)
+    is_head = bool(checkpoint.entry(name).aliases)
+    return Table(weight, rows, rows.tiles(tile_bytes) if is_head else ())
+
+
+def _experts(
+    checkpoint: Checkpoint, found: Mapping[nn.Module, Mapping[str, SlicedWeight]]
+) -> Iterator[ExpertStacks]:
+    for module, weights in found.items():
+        yield ExpertStacks(module, weights, {n: open_rows(checkpoint, n, verify=False) for n in weights})
+
+
+def _routed(model: Any) -> int | None:
+    """Experts that a token takes, where the config says so in the usual way."""
+    routed = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    return routed if isinstance(routed, int) and routed > 0 else None
+
+
+# Sizes.
+
+
+def _block_size(block: WeightBlock, matmul: str) -> BlockSize:
+    whole = _piece(block.unit(), block.weights.values(), matmul)
+    return BlockSize(block.name, whole, _tiles(block.table, matmul) if block.table else ())
+
+
+def _table_size(table: Table, matmul: str) -> TableSize:
+    weight = table.weight
+    row_bytes = weight.nbytes // max(1, weight.shape[0])
+    in_memory = weight.numel() * weight.dtype.itemsize
+    return TableSize(table.name, weight.nbytes, in_memory, row_bytes, _tiles(table, matmul))
+
+
+def _expert_size(stacks: ExpertStacks, routed: int | None, matmul: str) -> ExpertSize:
+    weights = tuple(stacks.weights.values())
+    spans = [stacks.expert(number).unit for number in range(stacks.count)]
+    kinds: Counter[str] = Counter()
+    for weight in weights:
+        kinds[kind_of(weight.packed_layout)] += weight.nbytes // stacks.count
+    stored, cast = _decoded(((matrix_of(weight), weight.dtype) for weight in weights), matmul)
+    nbytes = sum(unit.total_bytes for unit in spans) // stacks.count
+    expert = Piece(nbytes, stacks.expert_bytes, stored, cast, kinds)
+    return ExpertSize(stacks.count, min(routed or stacks.count, stacks.count), expert)
+
+
+def _piece(unit: Unit, weights: Iterable[BitmapTensor], matmul: str) -> Piece:
+    weights = tuple(weights)
+    kinds: Counter[str] = Counter()
+    for weight in weights:
+        kinds[kind_of(weight.packed_layout)] += weight.nbytes
+    stored, cast = _decoded(((w.packed_layout, w.dtype) for w in weights if not is_direct(w)), matmul)
+    return Piece(unit.total_bytes, unit.span_bytes, stored, cast, kinds)
+
+
+def _tiles(table: Table, matmul: str) -> tuple[Piece, ...]:
+    direct, pieces = is_direct(table.weight), []
+    for tile, unit in zip(table.tiles, table.units(), strict=True):
+        decoded: Sequence[tuple[TensorLayout, torch.dtype]] = (
+            () if direct else ((tile.layout, table.weight.dtype),)
+        )
+        kinds = {kind_of(table.weight.packed_layout): unit.total_bytes}
+        pieces.append(Piece(unit.total_bytes, unit.span_bytes, *_decoded(decoded, matmul), kinds))
+    return tuple(pieces)
+
+
+def _decoded(weights: Iterable[tuple[TensorLayout, torch.dtype]], matmul: str) -> tuple[int, int]:
+    """Scratch for the largest of them: as stored, and cast."""
+    needs = [decoded_bytes(layout, dtype, matmul=matmul) for layout, dtype in weights]
+    return max((stored for stored, _ in needs), default=0), max((cast for _, cast in needs), default=0)
