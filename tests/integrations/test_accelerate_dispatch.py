@@ -21,6 +21,7 @@ import accelerate.utils.offload
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 import endor
@@ -358,8 +359,6 @@ def test_strict_names_everything_that_does_not_fit(device_map: dict[str, Any] | 
     state["extra.weight"] = torch.zeros(2)
     model = stack()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    from safetensors.torch import save_file
-
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(
         FormatError, match=r"2 missing \(layers.1.weight, norm.bias\); 1 unexpected \(extra.weight\)"
@@ -379,6 +378,25 @@ def test_a_tied_weight_needs_to_be_in_the_checkpoint_once(tmp_path: Path) -> Non
     ours.load_checkpoint_in_model(other, tmp_path / "model.bin", strict=True)
     assert torch.equal(other.last.weight, model.first.weight)
     assert other.last.weight is other.first.weight
+
+
+def test_a_tied_weight_left_on_disk_is_found_under_both_names(tmp_path: Path) -> None:
+    model = Tied()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "last.weight"}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    other = Tied()
+    ours.load_checkpoint_and_dispatch(other, tmp_path, {"": "disk"}, offload_folder=tmp_path / "offload")
+    assert torch.equal(run(other, sample()), run(model, sample()))
+    left = accelerate.utils.OffloadedWeightsLoader(save_folder=tmp_path / "offload")
+    assert torch.equal(left["last.weight"], model.first.weight)
+
+
+def test_loading_without_a_map_fills_the_parameters_there_are(tmp_path: Path) -> None:
+    model = stack(seed=2)
+    parameters = list(model.parameters())
+    ours.load_checkpoint_in_model(model, save(stack(seed=1), tmp_path))
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert torch.equal(run(model, sample()), run(stack(seed=1), sample()))
 
 
 def test_buffers_of_parts_on_disk_are_loaded(tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ class _Loading:
         if self._places:
             remember_places(self.model, self._places)
         if folder is not None and self._places:
-            write_index(folder, recall_places(self.model), names={})
+            write_index(folder, recall_places(self.model))
 
     def _leave_with_its_tie(self, group: list[str]) -> None:
         """A checkpoint has a tied weight under one of its names; the others are in the same place."""
@@ -341,6 +341,10 @@ class _Loading:
 
     def _place(self, name: str, tensor: torch.Tensor, device: Device | None) -> None:
         standing = _tensor(self.model, name)
+        if device is None and standing.device.type != "meta" and standing.shape == tensor.shape:
+            with torch.no_grad():  # whoever holds the parameter sees the weight
+                standing.copy_(tensor)
+            return
         if device is None:
             device = "cpu" if standing.device.type == "meta" else standing.device
         if standing.shape != tensor.shape and type(standing) in (nn.Parameter, torch.Tensor):

@@ -470,7 +470,7 @@ def _put_on_disk(
             write_weights(folder, rest, encode=encode, encoded=_linear_weights(model) if encode else ())
         )
     if folder is not None:
-        write_index(folder, places, names=_names_in_files(places))
+        write_index(folder, places)
     return {name: places[name].converted(tensors[name].dtype) for name in tensors}
 
 
@@ -488,21 +488,6 @@ def _linear_weights(model: nn.Module) -> set[str]:
         for path, module in model.named_modules()
         if type(module) is nn.Linear and module.weight.dtype in PACKABLE
     } - tied
-
-
-def _names_in_files(places: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """What each weight is called in its file."""
-    from endor.runtime.stored import locate_safetensors
-
-    tables: dict[Path, dict[int, str]] = {}
-    names: dict[str, str] = {}
-    for name, stored in places.items():
-        if stored.file.suffix == ".safetensors":
-            if stored.file not in tables:
-                table = locate_safetensors(stored.file)
-                tables[stored.file] = {t.offset_bytes: n for n, t in table.items() if t.nbytes}
-            names[name] = tables[stored.file].get(stored.offset_bytes, name)
-    return names
 
 
 def _from_folder(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, StoredTensor]:

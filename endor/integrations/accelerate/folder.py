@@ -26,7 +26,7 @@ from endor.formats.writer import ShardWriter, atomic_write, header_bytes_bound
 from endor.integrations.accelerate.state import host_key
 from endor.integrations.accelerate.weights import INDEX_NAME, read_index
 from endor.kernels.tensor import BitmapTensor, encode as encode_tensor
-from endor.runtime.stored import StoredTensor
+from endor.runtime.stored import StoredTensor, locate_safetensors
 
 __all__ = ["write_index", "write_weights"]
 
@@ -170,16 +170,16 @@ def _place(path: Path, payload_begin: int, entry: TensorEntry, wanted: torch.dty
     )
 
 
-def write_index(folder: Path, places: Mapping[str, StoredTensor], *, names: Mapping[str, str]) -> None:
+def write_index(folder: Path, places: Mapping[str, StoredTensor]) -> None:
     """Write the folder's index as accelerate reads it, unless the one there is another's.
 
     Args:
         folder: where it goes.
         places: of the weights; packed ones are left out, since accelerate could not read them.
-        names: what a weight is called in its file, where that is not its name.
     """
     if not _is_ours(folder):
         return
+    names = _names_in_files(places)
     index = {
         name: {
             "safetensors_file": str(stored.file.absolute()),
@@ -194,6 +194,19 @@ def write_index(folder: Path, places: Mapping[str, StoredTensor], *, names: Mapp
         atomic_write(folder / INDEX_NAME, json.dumps(index, indent=2).encode())
     except (ConvertError, OSError) as error:
         raise LoadError(f"the offload folder {folder} cannot be written: {error}") from error
+
+
+def _names_in_files(places: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """What each weight is called in its file."""
+    tables: dict[Path, dict[int, str]] = {}
+    names: dict[str, str] = {}
+    for name, stored in places.items():
+        if stored.file.suffix == ".safetensors":
+            if stored.file not in tables:
+                table = locate_safetensors(stored.file)
+                tables[stored.file] = {t.offset_bytes: n for n, t in table.items() if t.nbytes}
+            names[name] = tables[stored.file].get(stored.offset_bytes, name)
+    return names
 
 
 def _is_ours(folder: Path) -> bool:
