@@ -90,7 +90,8 @@ def _sparsity(ctx: click.Context, param: click.Parameter, value: float | None) -
     "--exclude",
     multiple=True,
     metavar="PATTERN",
-    help="Names of tensors not to prune, only to code losslessly; repeatable.",
+    help="Names of tensors not to prune, only to code losslessly (as they are with --values raw); "
+    "repeatable.",
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted conversion.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint or interrupted conversion in OUT.")

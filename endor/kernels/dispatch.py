@@ -34,7 +34,7 @@ def encode(
     """
     if values not in CODECS or mask not in MASKS or not CODECS[values].supports(weight.dtype, mask):
         raise KernelError(f"cannot encode {weight.dtype} with values {values!r} and mask {mask!r}")
-    source = weight.detach().contiguous()
+    source = weight.detach().resolve_neg().contiguous()
     if mask == "dense" and values == "raw":
         layout = TensorLayout(tuple(source.shape), source.dtype, "dense", "raw", source.numel())
         copied = source.data_ptr() != weight.data_ptr()
@@ -100,6 +100,7 @@ def _check_out(out: Tensor, shape: tuple[int, ...], packed: PackedTensor) -> Non
         or out.dtype != packed.layout.dtype
         or out.device != packed.device
         or not out.is_contiguous()
+        or out.is_neg()
     ):
         raise KernelError(
             f"out must be a contiguous {packed.layout.dtype} tensor of shape {list(shape)} "

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from endor.errors import PlanError
 from endor.formats.packed import PackedTensor, TensorLayout
@@ -114,12 +115,18 @@ def _is_plain_product(x: Tensor, packed: PackedTensor, bias: Tensor | None, dtyp
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not _has_tangent(x)
     )
 
 
 def _is_plain_bias(bias: Tensor, rows: int, dtype: torch.dtype) -> bool:
-    recorded = bias.requires_grad and torch.is_grad_enabled()
+    recorded = (bias.requires_grad and torch.is_grad_enabled()) or _has_tangent(bias)
     return type(bias) in _TENSORS and bias.shape == (rows,) and bias.dtype == dtype and not recorded
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode differentiation follows `x`."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _tile_blocks(layout: TensorLayout) -> int:

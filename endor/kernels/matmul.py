@@ -80,9 +80,11 @@ class _Operand:
 
 @dataclass(frozen=True)
 class _Remembered:
-    """An operand, and what it was made for: a number can be the id of one object after another."""
+    """An operand, and what it was made for: a number can be the id of one object after another, and sections
+    move when a tensor is sent to another process."""
 
     made_for: weakref.ref[PackedTensor]
+    places: tuple[int, ...]
     operand: _Operand | None
 
 
@@ -93,11 +95,12 @@ def _operand(packed: PackedTensor, isa: str) -> _Operand | None:
     """None where there is no code for this weight. Made once: it takes as long as a small product."""
     key = (id(packed), isa)
     remembered = _operands.get(key)
-    if remembered is not None and remembered.made_for() is packed:
+    places = tuple([section.data_ptr() for section in packed.sections.values()])
+    if remembered is not None and remembered.made_for() is packed and remembered.places == places:
         return remembered.operand
     operand = _make_operand(packed, isa)
     made_for = weakref.ref(packed, lambda _: _operands.pop(key, None))
-    _operands[key] = _Remembered(made_for, operand)
+    _operands[key] = _Remembered(made_for, places, operand)
     return operand
 
 
@@ -158,7 +161,7 @@ def supports(x: Tensor, packed: PackedTensor) -> bool:
 
 def _possible(x: Tensor, packed: PackedTensor, isa: str | None) -> _Operand | None:
     """The operand, if there is code for this product, and few enough rows unless `isa` is given."""
-    if type(x) not in _TENSORS or torch.compiler.is_compiling():
+    if type(x) not in _TENSORS or torch.compiler.is_compiling() or x.is_neg():
         return None
     operand = _operand(packed, isa or _fastest())
     if operand is None or x.dtype not in _X_DTYPES or x.device.type != "cpu" or x.dim() == 0:

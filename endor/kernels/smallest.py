@@ -40,7 +40,9 @@ def encode_smallest(
 
     Raises KernelError where mask, codec, dtype and backend do not go together.
     """
-    source = weight.detach().contiguous()
+    if values != _AUTO and values not in CODECS:
+        raise KernelError(f"unknown values codec {values!r}; use {_AUTO}, {', '.join(CODECS)}")
+    source = weight.detach().resolve_neg().contiguous()
     runner = choose(backend, "raw" if values == _AUTO else values, source.device)
     best: PackedTensor | None = None
     for least_bytes, form, codec in sorted(_forms(source, values, mask, runner)):

@@ -244,6 +244,10 @@ class BitmapTensor(torch.Tensor):
 
 
 def _linear(x: torch.Tensor, weight: BitmapTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        with torch._C._DisableFuncTorch():  # it would wrap what is decoded; kernels need addresses
+            dense = weight.to_dense()
+        return F.linear(x, dense, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         # Backward needs the weight after the scratch has moved on.
         return F.linear(x, weight.to_dense(), bias)

@@ -292,8 +292,8 @@ def test_first_row_block_that_lies_is_named(isa: str, codec: str, threads: Calla
 HOSTILE = {
     "raw": ("bitmap", "row_offsets"),
     "exponent": ("bitmap", "row_offsets", "exponent_offsets", "exponents"),
-    "int8": ("bitmap", "row_offsets"),
-    "int4": ("bitmap", "row_offsets"),
+    "int8": ("bitmap", "row_offsets", "scales", "codes"),
+    "int4": ("bitmap", "row_offsets", "scales", "codes", "codebook"),
 }
 
 

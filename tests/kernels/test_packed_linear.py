@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import endor
-from endor.errors import PlanError
+from endor.errors import KernelError, PlanError
 from endor.kernels import linear
 from endor.kernels.tensor import BitmapTensor
 
@@ -111,3 +113,43 @@ def test_copies_pickles_and_casts_multiply_in_the_same_way() -> None:
 def test_an_unknown_way_is_refused() -> None:
     with pytest.raises(PlanError, match="matmul must be one of auto, decode, found 'fast'"):
         endor.encode(weight(4, 64)).use_matmul("fast")
+
+
+def test_a_weight_whose_sections_moved_is_read_where_they_are() -> None:
+    packed = automatic(weight(64, 256), values="int4")
+    x = torch.randn(1, 256).bfloat16()
+    expected = F.linear(x, packed)
+    ForkingPickler.dumps(packed)  # moves them to shared memory
+    _ = [torch.full((1 << 16,), 255, dtype=torch.uint8) for _ in range(50)]
+    assert torch.equal(F.linear(x, packed), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, at first use
+def test_forward_mode_differentiation_goes_through() -> None:
+    packed = automatic(weight(64, 256))
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.randn(1, 256).bfloat16(), torch.randn(1, 256).bfloat16())
+        found, expected = F.linear(x, packed), F.linear(x, packed.to_dense())
+        assert torch.equal(forward_ad.unpack_dual(found).tangent, forward_ad.unpack_dual(expected).tangent)
+
+
+@pytest.mark.parametrize("matmul", ["auto", "decode"])
+def test_functional_gradients_go_through(matmul: str) -> None:
+    packed = automatic(weight(64, 256))
+    packed.use_matmul(matmul)
+    x = torch.randn(3, 256).bfloat16()
+    found = torch.func.grad(lambda a: F.linear(a, packed).sum())(x)
+    dense = packed.to_dense()
+    assert torch.equal(found, torch.func.grad(lambda a: F.linear(a, dense).sum())(x))
+
+
+def test_a_negated_view_keeps_its_sign() -> None:
+    packed = automatic(weight(64, 256))
+    x = torch.randn(1, 256).bfloat16()
+    torch.testing.assert_close(F.linear(torch._neg_view(x), packed), F.linear(-x, packed))
+    assert torch.equal(endor.decode(endor.encode(torch._neg_view(x))), -x)
+
+
+def test_an_unknown_codec_is_named_with_those_there_are() -> None:
+    with pytest.raises(KernelError, match="unknown values codec 'zip'; use auto, raw, exponent"):
+        endor.encode(weight(8, 64), values="zip")

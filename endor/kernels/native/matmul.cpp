@@ -8,6 +8,7 @@
 #include <new>
 
 #include "parallel.h"
+#include "quantized.h"
 
 namespace endor {
 namespace {
@@ -31,15 +32,20 @@ struct Multiplying {
 class RowReader {
    public:
     RowReader(const Multiplying& work, int64_t block)
-        : mask_(work.job.mask), full_row_(work.full_row), row_(block * mask_.shape.row_block), block_(block - 1) {}
+        : mask_(work.job.mask),
+          values_(work.job.values),
+          full_row_(work.full_row),
+          row_(block * mask_.shape.row_block),
+          block_(block - 1) {}
 
     // False if the row block that the row is part of, or the one before it, breaks a rule.
     bool next(MatmulRow& row) {
         const int64_t cols = mask_.shape.cols;
         if (!mask_.offsets) {
+            block_ = row_ / mask_.shape.row_block;
             row = {full_row_, row_ * cols, row_};
-            position_ = ++row_ * cols;
-            return true;
+            position_ = (row_ + 1) * cols;
+            return scales_hold() && ++row_;
         }
         if (row_ % mask_.shape.row_block == 0 && !(at_end() && enter(block_ + 1))) return false;
         const uint8_t* bitmap = mask_.bitmap + row_ * mask_.shape.words_per_row() * 8;
@@ -48,8 +54,7 @@ class RowReader {
         if (bits > stop_ - position_) return fails(kCountMismatch);
         row = {bitmap, position_, row_};
         position_ += bits;
-        ++row_;
-        return true;
+        return scales_hold() && ++row_;
     }
 
     bool at_end() { return !mask_.offsets || position_ == stop_ || fails(kCountMismatch); }
@@ -60,6 +65,11 @@ class RowReader {
     bool fails(Rule rule) {
         failure_ = 4 * block_ + rule;
         return false;
+    }
+
+    bool scales_hold() {
+        const uint16_t* scales = values_.scales;
+        return !scales || scales_are_valid(scales + row_ * values_.groups, values_.groups) || fails(kBadRecord);
     }
 
     bool enter(int64_t block) {
@@ -73,6 +83,7 @@ class RowReader {
     }
 
     const DecodeJob& mask_;
+    const MatmulValues& values_;
     const uint8_t* full_row_;
     int64_t row_;
     int64_t block_;

@@ -5,10 +5,6 @@
 #include "row_blocks.h"
 
 namespace endor {
-namespace {
-
-// Zero, or positive, finite and normal. A product with anything else depends on how a machine treats subnormals and NaN,
-// and a pruned element would not be zero.
 bool scales_are_valid(const uint16_t* scales, int64_t count) {
     constexpr uint16_t kSmallest = 0x0080, kInfinity = 0x7F80;
     bool wrong = false;
@@ -18,8 +14,6 @@ bool scales_are_valid(const uint16_t* scales, int64_t count) {
     }
     return !wrong;
 }
-
-}  // namespace
 
 int64_t decode_quantized_block(const void* context, const Block& block) {
     const auto& job = *static_cast<const QuantizedDecodeJob*>(context);

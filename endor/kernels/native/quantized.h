@@ -45,6 +45,10 @@ const QuantizedKernels* avx512_quantized_kernels();
 const QuantizedKernels* avx2_quantized_kernels();
 const QuantizedKernels* scalar_quantized_kernels();
 
+// Whether all are zero, or positive, finite and normal. A product with anything else depends on how a machine treats
+// subnormals and NaN, and a pruned element would not be zero.
+bool scales_are_valid(const uint16_t* scales, int64_t count);
+
 struct QuantizedDecodeJob {
     DecodeJob mask;  // without values
     const QuantizedKernels* kernels;
