@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from endor.errors import FormatError
+from endor.formats.codecs.exponent import Levels
 from endor.formats.packed import PackedTensor
 from endor.kernels import decode, decode_rows, encode
 from tests.kernels.test_hostile_sections import CLEAR_BIT, LIES, WEIGHT, with_bit
@@ -71,6 +72,42 @@ def test_honest_sections_are_never_left(codec: str, dtype: torch.dtype, at_end: 
     packed = encode(sparse_normal((7, 777), dtype), values=codec, backend="reference")
     out = decode(guarded(packed, at_end=at_end), backend="triton")
     assert_bitwise_equal(out.cpu(), decode(packed, backend="reference"))
+
+
+@pytest.mark.parametrize("mask", ["bitmap", "dense"])
+@pytest.mark.parametrize("codec", ["exponent", "int8", "int4"])
+def test_nothing_behind_the_last_value_is_read(codec: str, mask: str) -> None:
+    """128 values: every section of values ends exactly where memory does."""
+    weight = sparse_normal((1, 128), torch.float16, density=1.0)
+    if mask == "bitmap":
+        weight = torch.stack([weight[0], torch.zeros_like(weight[0])]).T.reshape(2, 128).contiguous()
+    packed = encode(weight, values=codec, mask=mask, backend="reference")
+    assert packed.layout.nnz == 128
+    out = decode(guarded(packed, at_end=True), backend="triton")
+    assert_bitwise_equal(out.cpu(), decode(packed, backend="reference"))
+
+
+@pytest.mark.parametrize("codec", ["raw", "exponent", "int8", "int4"])
+def test_more_bits_than_values_read_nothing_behind_them(codec: str) -> None:
+    packed = encode(sparse_normal((9, 1000), density=0.1), values=codec, backend="reference")
+    bitmap = packed.sections["bitmap"].clone()
+    bitmap[-1, :125] = 255
+    assert is_refused(guarded(replace_section(packed, {"bitmap": bitmap}), at_end=True), "triton")
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_bits_behind_the_last_value_of_a_level_are_refused(
+    pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = Levels(pairs, 2)
+    monkeypatch.setattr("endor.kernels.reference_exponent.choose_levels", lambda *_: levels)
+    packed = encode(sparse_normal((1, 77), density=1.0), values="exponent", backend="reference")
+    assert not is_refused(guarded(packed, at_end=True), "triton")
+    exponents = packed.sections["exponents"].clone()
+    exponents[levels.table_bytes + 9] |= 0x80  # of the ten bytes for 77 values
+    lying = replace_section(packed, {"exponents": exponents})
+    assert is_refused(lying, "reference")
+    assert is_refused(guarded(lying, at_end=True), "triton")
 
 
 @pytest.mark.parametrize("name", list(LIES))
