@@ -95,6 +95,18 @@ def test_more_bits_than_values_read_nothing_behind_them(codec: str) -> None:
     assert is_refused(guarded(replace_section(packed, {"bitmap": bitmap}), at_end=True), "triton")
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # numpy, in the interpreter
+@pytest.mark.parametrize("scale", [-1.0, 1e-40, torch.inf, torch.nan])
+@pytest.mark.parametrize(("codec", "mask"), [("int8", "bitmap"), ("int4", "dense")])
+def test_scales_that_are_no_scales_are_refused(codec: str, mask: str, scale: float) -> None:
+    packed = encode(sparse_normal((3, 300)), values=codec, mask=mask, backend="reference")
+    scales = packed.sections["scales"].clone()
+    scales[2, 1] = scale
+    lying = replace_section(packed, {"scales": scales})
+    assert is_refused(lying, "reference")
+    assert is_refused(guarded(lying, at_end=True), "triton")
+
+
 @pytest.mark.parametrize("pairs", [0, 1])
 def test_bits_behind_the_last_value_of_a_level_are_refused(
     pairs: int, monkeypatch: pytest.MonkeyPatch

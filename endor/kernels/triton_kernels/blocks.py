@@ -52,7 +52,7 @@ def open_blocks(
         T: words of each level that are counted at once.
 
     Returns where the values begin (int64), how many the offsets say there are, how many may be read (both
-    int32), the codes before the first tile, a tuple that `read_tile` wants back, and what was wrong with
+    int32), `deeper` for the first tile, a tuple that `read_tile` wants back, and what was wrong with
     the offsets and with the records.
     """
     blocks = (rows + row_block - 1) // row_block
@@ -65,6 +65,8 @@ def open_blocks(
     deeper = ()
     for _level in tl.static_range(PAIRS + SINGLES):
         deeper = deeper + (tl.zeros_like(count),)
+    if (CODEC == INT8) or (CODEC == INT4):
+        deeper = (tl.zeros_like(count),)
     if CODEC == EXPONENT:
         begin, size, record_wrong = record_bounds(block, exists, exponent_offsets, blocks, exponent_bytes)
         skew = (begin & 3).to(tl.int32)
@@ -118,7 +120,8 @@ def read_tile(
         at: int32 [1, T], numbers of the words within the row block.
         row, column: int32, row within the block and first column of each word.
         inside: bool [B, T], the words that exist.
-        before: int32 [B, 1], values of the row block before these words; `deeper`: see `read_levels`.
+        before: int32 [B, 1], values of the row block before these words.
+        deeper: `before` of `read_levels`; for INT8 and INT4 how many scales have been wrong so far.
         padding: int32 [B, 1], words so far with bits beyond the last column.
 
     Returns bits of the elements [B, T, 32], `before`, `deeper` and `padding`.
@@ -162,12 +165,14 @@ def read_tile(
             KIND == FLOAT16,
         )
     elif CODEC == INT4:
-        scale = scales_of(extra, first_row + row, column, inside, cols, group_columns)
+        scale, wrong = scales_of(extra, first_row + row, column, inside, cols, group_columns)
+        deeper = (deeper[0] + tl.sum(wrong.to(tl.int32), axis=1, keep_dims=True),)
         parity = (start & 1).to(tl.int32)
         pairs = values + (start >> 1)
         elements = elements_of(word, rank, pairs, parity, scale, codebook, MASKED, CODEC, KIND)
     elif CODEC == INT8:
-        scale = scales_of(extra, first_row + row, column, inside, cols, group_columns)
+        scale, wrong = scales_of(extra, first_row + row, column, inside, cols, group_columns)
+        deeper = (deeper[0] + tl.sum(wrong.to(tl.int32), axis=1, keep_dims=True),)
         elements = elements_of(word, rank, values + start, 0, scale, 0, MASKED, CODEC, KIND)
     else:
         elements = elements_of(word, rank, values + start, 0, 0, 0, MASKED, CODEC, KIND)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from endor.kernels.triton_kernels.blocks import open_blocks, read_tile
-from endor.kernels.triton_kernels.elements import EXPONENT, INT8, RAW, report
+from endor.kernels.triton_kernels.elements import EXPONENT, INT4, INT8, RAW, report
 
 __all__ = ["FIELDS", "decode_group_kernel", "decode_kernel"]
 
@@ -273,4 +273,6 @@ def _decode_block(
         count_wrong = before != count
     else:
         count_wrong = rows_here < 0
+    if (CODEC == INT8) or (CODEC == INT4):
+        record_wrong = record_wrong | (deeper[0] != 0)
     report(status, block, bounds_wrong, padding != 0, count_wrong, record_wrong)

@@ -73,7 +73,7 @@ def report(status, block, bounds_wrong, padding_wrong, count_wrong, record_wrong
 
 @triton.jit
 def scales_of(scales, row, column, mask, cols, group_columns):
-    """float32 [B, T]: the scale of each lane's columns; a lane never straddles two groups.
+    """The scale of each lane's columns (float32 [B, T]) and whether it lies; no lane straddles two groups.
 
     Args:
         scales: int16 pointer to the bits of the bfloat16 scales.
@@ -82,8 +82,9 @@ def scales_of(scales, row, column, mask, cols, group_columns):
     """
     per_row = (cols + group_columns - 1) // group_columns
     at = row * per_row + column // group_columns
-    bits = tl.load(scales + at, mask=mask, other=0).to(tl.uint16, bitcast=True)
-    return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    bits = tl.load(scales + at, mask=mask, other=0)
+    wrong = (bits != 0) & ((bits < 0x0080) | (bits >= 0x7F80))  # neither zero nor positive and normal
+    return (bits.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True), wrong
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from endor.kernels.triton_kernels.bits import as_float32, round_to_bfloat16, round_to_float16
 from endor.kernels.triton_kernels.blocks import open_blocks, read_tile
-from endor.kernels.triton_kernels.elements import FLOAT16, report
+from endor.kernels.triton_kernels.elements import FLOAT16, INT4, INT8, report
 
 __all__ = ["matmul_kernel"]
 
@@ -146,6 +146,8 @@ def matmul_kernel(
         count_wrong = before != count
     else:
         count_wrong = rows_here < 0
+    if (CODEC == INT8) or (CODEC == INT4):
+        record_wrong = record_wrong | (deeper[0] != 0)
     report(status, block, bounds_wrong, padding != 0, count_wrong, record_wrong)
 
 
