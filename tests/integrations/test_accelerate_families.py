@@ -21,24 +21,22 @@ ATTENTION: dict[str, Any] = {
     "intermediate_size": 256,
 }
 DECODER: dict[str, Any] = {**ATTENTION, "num_key_value_heads": 2, "vocab_size": 512}
+EXPERTS: dict[str, Any] = {**DECODER, "moe_intermediate_size": 64, "num_experts": 8, "head_dim": 32}
+T5: dict[str, Any] = {
+    "d_model": 128,
+    "d_ff": 256,
+    "d_kv": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 512,
+    "decoder_start_token_id": 0,
+}
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=128, n_layer=3, n_head=4, vocab_size=512)),
-    "t5": lambda: tf.T5ForConditionalGeneration(
-        tf.T5Config(
-            d_model=128,
-            d_ff=256,
-            d_kv=32,
-            num_layers=2,
-            num_heads=4,
-            vocab_size=512,
-            decoder_start_token_id=0,
-        )
-    ),
+    "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)),
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=4)),
-    "qwen3-moe": lambda: tf.Qwen3MoeForCausalLM(
-        tf.Qwen3MoeConfig(**DECODER, moe_intermediate_size=64, num_experts=8, head_dim=32)
-    ),
+    "qwen3-moe": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**EXPERTS)),
     "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**ATTENTION, vocab_size=512)),
     "albert": lambda: tf.AlbertForMaskedLM(tf.AlbertConfig(**ATTENTION, embedding_size=64, vocab_size=512)),
     "mamba": lambda: tf.MambaForCausalLM(
