@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ import torch
 import endor
 from bench_common import (
     DiskProbe,
-    drop_cache,
     environment_line,
     files_of,
+    greedy_from_disk,
     hush_transformers,
     median,
     print_table,
@@ -38,16 +37,8 @@ def run(directory: Path, *, host_memory: int, tokens: int, probe: DiskProbe) -> 
     """Generate greedily; the first token, which reads the prompt, is not counted."""
     model = endor.load(directory, host_memory=host_memory)
     runtime, files = runtime_of(model), files_of(directory, ".safetensors")
-    ids, cache, found, seconds = torch.arange(3, 35).unsqueeze(0), None, [], []
     bandwidth = [probe.bytes_per_s()]
-    with torch.inference_mode():
-        for _ in range(tokens + 1):
-            drop_cache(files)
-            began = perf_counter()
-            out = model(ids, past_key_values=cache, use_cache=True)
-            seconds.append(perf_counter() - began)
-            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-            found.append(int(ids))
+    found, seconds = greedy_from_disk(model, torch.arange(3, 35), files, tokens=tokens + 1)
     bandwidth.append(probe.bytes_per_s())
     forwards = runtime.per_forward()[1:]
     result = {

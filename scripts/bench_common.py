@@ -58,6 +58,7 @@ __all__ = [
     "environment_line",
     "files_of",
     "forget_mappings",
+    "greedy_from_disk",
     "hush_transformers",
     "median",
     "print_table",
@@ -291,6 +292,29 @@ def drop_cache(files: Iterable[Path]) -> None:
     forget_mappings(paths)
     for path in paths:
         drop_from_page_cache(path)
+
+
+def greedy_from_disk(
+    model: Any, prompt: torch.Tensor, files: Sequence[Path], *, tokens: int
+) -> tuple[list[int], list[float]]:
+    """Greedy tokens and the seconds each took, its files dropped from the page cache before each.
+
+    Args:
+        model: a causal language model of transformers.
+        prompt: int64 [tokens]; the first of the new tokens reads it.
+        files: the model's.
+        tokens: how many to make.
+    """
+    ids, cache, found, seconds = prompt.unsqueeze(0), None, [], []
+    with torch.inference_mode():
+        for _ in range(tokens):
+            drop_cache(files)
+            began = perf_counter()
+            out = model(ids, past_key_values=cache, use_cache=True)
+            seconds.append(perf_counter() - began)
+            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            found.append(int(ids))
+    return found, seconds
 
 
 def forget_mappings(files: Iterable[Path]) -> None:

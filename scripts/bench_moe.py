@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ import transformers
 import endor
 from bench_common import (
     DiskProbe,
-    drop_cache,
     environment_line,
     files_of,
+    greedy_from_disk,
     hush_transformers,
     median,
     print_table,
@@ -72,16 +71,8 @@ def run(directory: Path, *, host_memory: int, tokens: int, probe: DiskProbe) -> 
     """Generate greedily, every token's bytes from disk; the first, which reads the prompt, is not counted."""
     model = endor.load(directory, host_memory=host_memory, verify="never")
     runtime, files = runtime_of(model), files_of(directory, ".safetensors")
-    ids, cache, found, seconds = torch.tensor([[5, 17, 3, 99]]), None, [], []
     bandwidth = [probe.bytes_per_s()]
-    with torch.inference_mode():
-        for _ in range(tokens + 1):
-            drop_cache(files)
-            began = perf_counter()
-            out = model(ids, past_key_values=cache, use_cache=True)
-            seconds.append(perf_counter() - began)
-            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-            found.append(int(ids))
+    found, seconds = greedy_from_disk(model, torch.tensor([5, 17, 3, 99]), files, tokens=tokens + 1)
     bandwidth.append(probe.bytes_per_s())
     forwards = runtime.per_forward()[1:]
     runtime.close()
