@@ -146,7 +146,7 @@ def _default(parts: Parts) -> int:
 def _links(
     model: Path, parts: Parts, disk: int | None, memory: int | None, device: int | None, *, quiet: bool
 ) -> _Links:
-    from endor.runtime.planner import BLOCK_S, TOKEN_S, Rates
+    from endor.runtime.planner import USUAL, Rates
 
     disk_rate, disk_source = _disk(model, disk, quiet=quiet)
     kinds: dict[str, float] = {}
@@ -159,9 +159,9 @@ def _links(
         work = min(kinds.values(), default=_GUESSED_LINK)
     sources = {"disk": disk_source, "work": work_source}
     if device is None:
-        return _Links(Rates(disk_rate, work, kinds=kinds, block_s=BLOCK_S, token_s=TOKEN_S), sources)
+        return _Links(Rates(disk_rate, work, kinds=kinds, overheads=USUAL), sources)
     sources["copy"] = "guessed: PCI Express 4.0 with 16 lanes"
-    rates = Rates(disk_rate, work, copy_bytes_per_s=_GUESSED_LINK, block_s=BLOCK_S, token_s=TOKEN_S)
+    rates = Rates(disk_rate, work, copy_bytes_per_s=_GUESSED_LINK, overheads=USUAL)
     return _Links(rates, sources)
 
 

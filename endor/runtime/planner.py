@@ -7,8 +7,8 @@ takes bandwidths as well. Nothing here reads a file or looks at the machine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
@@ -19,14 +19,14 @@ from endor.runtime.overlap import Step, overlap
 from endor.runtime.placement import Placement, plan_placement
 
 __all__ = [
-    "BLOCK_S",
-    "TOKEN_S",
+    "USUAL",
     "BlockSize",
     "Budgets",
     "Decision",
     "ExpertSize",
     "Memory",
     "ModelSizes",
+    "Overheads",
     "Piece",
     "Plan",
     "Rates",
@@ -38,11 +38,6 @@ __all__ = [
     "plan",
     "predict",
 ]
-
-BLOCK_S: Final = 0.0003
-"""A block's norms, rotations, attention over a short context and calls, on two cores of a Zen 5 server."""
-TOKEN_S: Final = 0.0005
-"""What a generation does between two forwards."""
 
 _SCRATCHES: Final = ("stored_bytes", "cast_bytes")
 _MOST_TOKENS: Final = 1 << 20
@@ -149,6 +144,49 @@ class Budgets:
 
 
 @dataclass(frozen=True)
+class Overheads:
+    """Work that does not depend on bytes.
+
+    Attributes:
+        block_s: the rest of a block: attention over a short context, norms, calls.
+        cold_s: more, of a block of `cold_bytes` or more, which pushes everything else out of the caches.
+        streamed_s: of lending a block's bytes, and threads that wake up.
+        expert_s: of finding an expert's rows and adding its part.
+        expert_read_s: of asking for an expert's sections and putting them together.
+        expert_disk_share: of the disk's bandwidth, reached by the short reads of an expert.
+        token_s: what a generation does between two forwards.
+        slowdown: by this share work takes longer while bytes are read.
+    """
+
+    block_s: float = 0.0
+    cold_s: float = 0.0
+    cold_bytes: int = 0
+    streamed_s: float = 0.0
+    expert_s: float = 0.0
+    expert_read_s: float = 0.0
+    expert_disk_share: float = 1.0
+    token_s: float = 0.0
+    slowdown: float = 0.0
+
+    def of_block(self, nbytes: int) -> float:
+        return self.block_s + (self.cold_s if nbytes >= self.cold_bytes else 0.0)
+
+
+USUAL: Final = Overheads(
+    block_s=0.00015,
+    cold_s=0.0006,
+    cold_bytes=8 << 20,
+    streamed_s=0.0003,
+    expert_s=0.0003,
+    expert_read_s=0.0003,
+    expert_disk_share=0.6,
+    token_s=0.0003,
+    slowdown=0.2,
+)
+"""Measured on two cores of a Zen 5 server: docs/design/planner.md."""
+
+
+@dataclass(frozen=True)
 class Rates:
     """How fast bytes move and are worked on.
 
@@ -158,16 +196,14 @@ class Rates:
             has nothing better.
         kinds: the same by kind of weight.
         copy_bytes_per_s: from host to a device with its own memory.
-        block_s: the rest of a block's work: attention, norms, calls.
-        token_s: what is outside the blocks: sampling, the position's embedding.
+        overheads: what does not depend on bytes.
     """
 
     disk_bytes_per_s: float
     work_bytes_per_s: float
     kinds: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     copy_bytes_per_s: float = float("inf")
-    block_s: float = 0.0
-    token_s: float = 0.0
+    overheads: Overheads = field(default_factory=Overheads)
 
     def __post_init__(self) -> None:
         named = {"disk": self.disk_bytes_per_s, "memory": self.work_bytes_per_s, **self.kinds}
@@ -406,35 +442,40 @@ def _arena(nbytes: int) -> int:
 def predict(sizes: ModelSizes, decision: Decision, rates: Rates, *, depth: int) -> Plan:
     """Bytes and seconds of one token, after a first one has filled the ring and warmed the experts."""
     experts = [_expert_time(layer, hits, rates, depth=depth) for layer, hits in _hits(sizes, decision)]
-    steps = [*_steps(sizes, decision, rates), Step(work_s=rates.token_s)]
+    steps = [*_steps(sizes, decision, rates), Step(work_s=rates.overheads.token_s)]
     read_s = sum(step.read_s for step in steps) + sum(e.read_s for e in experts)
     copy_s = sum(step.copy_s for step in steps) + sum(e.copy_s for e in experts)
     work_s = sum(step.work_s for step in steps) + sum(e.work_s for e in experts)
-    in_order_s = overlap(steps, depth=depth).pass_s + sum(e.work_s + e.exposed_s for e in experts)
-    exposed_s = max(0.0, in_order_s - max(read_s, copy_s, work_s))
-    return Plan(decision, _traffic(sizes, decision), Timing(read_s, copy_s, work_s, exposed_s))
+    slower = 1.0 + rates.overheads.slowdown * min(1.0, read_s / work_s if work_s and depth else 0.0)
+    steps = [replace(step, work_s=step.work_s * slower) for step in steps]
+    in_order_s = overlap(steps, depth=depth).pass_s + sum(e.work_s * slower + e.exposed_s for e in experts)
+    exposed_s = max(0.0, in_order_s - max(read_s, copy_s, work_s * slower))
+    return Plan(decision, _traffic(sizes, decision), Timing(read_s, copy_s, work_s * slower, exposed_s))
 
 
-def _steps(sizes: ModelSizes, decision: Decision, rates: Rates) -> Iterable[Step]:
+def _steps(sizes: ModelSizes, decision: Decision, rates: Rates) -> Iterator[Step]:
     own_memory = decision.host_memory is not None
     device, host = set(decision.placement.device), set(decision.placement.host)
     for i, block in enumerate(sizes.blocks):
-        stays = i in device or (i in host and not own_memory)
-        pieces = (block.whole,) if stays or i in host else block.streamed
+        stays, on_disk = i in device or (i in host and not own_memory), i not in device and i not in host
+        pieces = block.streamed if on_disk else (block.whole,)
+        rest_s = rates.overheads.of_block(block.whole.nbytes) / len(pieces)
         for piece in pieces:
-            yield Step(
-                work_s=rates.work_s(piece.nbytes, piece.kinds) + rates.block_s / len(pieces),
-                read_s=0.0 if stays or i in host else piece.nbytes / rates.disk_bytes_per_s,
-                copy_s=piece.nbytes / rates.copy_bytes_per_s if own_memory and not stays else 0.0,
-            )
-    for table in (table for table in sizes.tables if table.tiles):
+            step = _step(piece, rates, on_disk=on_disk, copied=own_memory and not stays)
+            yield replace(step, work_s=step.work_s + rest_s)
+    for table in sizes.tables:
+        away = table.name not in decision.dense_tables
         for piece in table.tiles:
-            streamed = table.name not in decision.dense_tables
-            yield Step(
-                work_s=rates.work_s(piece.nbytes, piece.kinds),
-                read_s=piece.nbytes / rates.disk_bytes_per_s if streamed else 0.0,
-                copy_s=piece.nbytes / rates.copy_bytes_per_s if own_memory and streamed else 0.0,
-            )
+            yield _step(piece, rates, on_disk=away, copied=own_memory and away)
+
+
+def _step(piece: Piece, rates: Rates, *, on_disk: bool, copied: bool) -> Step:
+    streamed_s = rates.overheads.streamed_s if on_disk or copied else 0.0
+    return Step(
+        work_s=rates.work_s(piece.nbytes, piece.kinds) + streamed_s,
+        read_s=piece.nbytes / rates.disk_bytes_per_s if on_disk else 0.0,
+        copy_s=piece.nbytes / rates.copy_bytes_per_s if copied else 0.0,
+    )
 
 
 def _hits(sizes: ModelSizes, decision: Decision) -> list[tuple[ExpertSize, float]]:
@@ -463,12 +504,18 @@ def _seen(layer: ExpertSize, tokens: float) -> float:
 
 def _expert_time(layer: ExpertSize, hits: float, rates: Rates, *, depth: int) -> Timing:
     """Of one layer's experts: the first that is missing is only asked for when the router has chosen."""
+    extra = rates.overheads
     missing = layer.routed * (1.0 - hits)
-    read_s = layer.expert.nbytes / rates.disk_bytes_per_s
+    read_s = layer.expert.nbytes / (rates.disk_bytes_per_s * extra.expert_disk_share)
     copy_s = layer.expert.nbytes / rates.copy_bytes_per_s
-    work_s = rates.work_s(layer.expert.nbytes, layer.expert.kinds)
-    hidden_s = max(0.0, missing - 1.0) * min(read_s, work_s) if depth else 0.0
-    return Timing(missing * read_s, missing * copy_s, layer.routed * work_s, missing * read_s - hidden_s)
+    product_s = rates.work_s(layer.expert.nbytes, layer.expert.kinds) + extra.expert_s
+    hidden_s = max(0.0, missing - 1.0) * min(read_s, product_s) if depth else 0.0
+    return Timing(
+        read_s=missing * read_s,
+        copy_s=missing * copy_s,
+        work_s=layer.routed * product_s + missing * extra.expert_read_s,
+        exposed_s=missing * read_s - hidden_s,
+    )
 
 
 def _traffic(sizes: ModelSizes, decision: Decision) -> Traffic:

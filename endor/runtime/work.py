@@ -16,6 +16,7 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 
+from endor.formats.slices import RowSlice
 from endor.kernels.tensor import BitmapTensor
 from endor.loaders import PosixReader, StagingPool, Unit, read_unit
 from endor.runtime.install import is_direct
@@ -28,7 +29,11 @@ from endor.runtime.survey import Parts, kind_of
 
 __all__ = ["measure_work"]
 
+_BEYOND_CACHES_BYTES: Final = 128 << 20
+"""One block of 55 MB alone seems half as fast again with a cache of 32 MB."""
 _ENOUGH_S: Final = 0.3
+_PAUSE_S: Final = 0.0001
+"""Between two products a model does other things, and the kernel's threads go to sleep."""
 _LEAST_PASSES: Final = 3
 
 
@@ -43,33 +48,46 @@ class _Sample:
 def measure_work(parts: Parts, *, matmul: str) -> dict[str, float]:
     """Compressed bytes per second at which weights of each kind are multiplied with one token.
 
-    The middle one of each sort of block is read, a tile of each large head, and an expert.
+    Some blocks of each sort are read, tiles of each large head, and experts: as many as no cache holds.
 
     Raises LoadError where they cannot be read.
     """
     found: dict[str, float] = {}
     with PosixReader() as reader, torch.inference_mode():
-        for sample in _samples(parts):
-            with StagingPool(sample.unit.span_bytes) as pool:
-                buffer = pool.allocate(sample.unit.span_bytes)
-                read_unit(reader, sample.unit, buffer.memory)
-                weights = list(sample.weights(parts_of(sample.unit, buffer.tensor())))
+        for samples in map(_enough, _samples(parts)):
+            with StagingPool(sum(sample.unit.span_bytes for sample in samples)) as pool:
+                weights: list[BitmapTensor] = []
+                for sample in samples:
+                    buffer = pool.allocate(sample.unit.span_bytes)
+                    read_unit(reader, sample.unit, buffer.memory)
+                    weights += sample.weights(parts_of(sample.unit, buffer.tensor()))
                 found = {**_rates(weights, matmul), **found}
     return found
 
 
-def _samples(parts: Parts) -> Iterator[_Sample]:
+def _enough(samples: Iterable[_Sample]) -> list[_Sample]:
+    taken: list[_Sample] = []
+    for sample in samples:
+        taken.append(sample)
+        if sum(sample.unit.span_bytes for sample in taken) >= _BEYOND_CACHES_BYTES:
+            break
+    return taken
+
+
+def _samples(parts: Parts) -> Iterator[Iterable[_Sample]]:
+    """What may be read, by sort."""
     alike: defaultdict[frozenset[str], list[WeightBlock]] = defaultdict(list)
     for block in (block for block in parts.blocks if block.table is None):
         alike[frozenset(kind_of(w.packed_layout) for w in block.weights.values())].append(block)
     for blocks in alike.values():
-        block = blocks[len(blocks) // 2]
-        yield _Sample(block.unit(), partial(_of_block, block))
+        yield (_Sample(block.unit(), partial(_of_block, block)) for block in blocks)
     heads = [block.table for block in parts.blocks if block.table]
     for table in (table for table in (*heads, *parts.tables) if table.tiles):
-        yield _Sample(table.units()[0], partial(_of_tile, table))
+        pairs = zip(table.units(), table.tiles, strict=True)
+        yield (_Sample(unit, partial(_of_tile, table, tile)) for unit, tile in pairs)
     for stacks in parts.experts[:1]:
-        yield _Sample(stacks.expert(0).unit, partial(_of_expert, stacks))
+        experts = range(stacks.count)
+        yield (_Sample(stacks.expert(n).unit, partial(_of_expert, stacks, n)) for n in experts)
 
 
 def _of_block(block: WeightBlock, parts: list[torch.Tensor]) -> Iterator[BitmapTensor]:
@@ -79,20 +97,20 @@ def _of_block(block: WeightBlock, parts: list[torch.Tensor]) -> Iterator[BitmapT
     yield from (BitmapTensor(p.layout, p, dtype=block.weights[n].dtype) for n, p in packed.items())
 
 
-def _of_tile(table: Table, parts: list[torch.Tensor]) -> Iterator[BitmapTensor]:
-    packed = table.tiles[0].assemble(parts)
+def _of_tile(table: Table, tile: RowSlice, parts: list[torch.Tensor]) -> Iterator[BitmapTensor]:
+    packed = tile.assemble(parts)
     yield BitmapTensor(packed.layout, packed, dtype=table.weight.dtype)
 
 
-def _of_expert(stacks: ExpertStacks, parts: list[torch.Tensor]) -> Iterator[BitmapTensor]:
-    for name, packed in stacks.expert(0).unpack(parts).items():
+def _of_expert(stacks: ExpertStacks, number: int, parts: list[torch.Tensor]) -> Iterator[BitmapTensor]:
+    for name, packed in stacks.expert(number).unpack(parts).items():
         matrix = as_matrix(packed)
         if matrix is not None:
             yield BitmapTensor(matrix.layout, matrix, dtype=stacks.weights[name].dtype)
 
 
 def _rates(weights: Sequence[BitmapTensor], matmul: str) -> dict[str, float]:
-    """One pass over all of the weights after the other, as a model does: the cache holds few of them."""
+    """Some passes over all of the weights, one after the other as in a model."""
     needs = ((weight.packed_layout, weight.dtype) for weight in weights if not is_direct(weight))
     scratch = DecodeScratch(needs, StatsRecorder(), matmul=matmul)
     for weight in weights:
@@ -114,6 +132,9 @@ def _seconds(weights: Iterable[BitmapTensor]) -> dict[str, float]:
     taken: defaultdict[str, float] = defaultdict(float)
     for weight in weights:
         x = torch.ones(1, weight.shape[1], dtype=weight.dtype)
+        ends_s = perf_counter() + _PAUSE_S
+        while perf_counter() < ends_s:
+            pass
         began_s = perf_counter()
         F.linear(x, weight)
         taken[kind_of(weight.packed_layout)] += perf_counter() - began_s

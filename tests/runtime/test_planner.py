@@ -15,6 +15,7 @@ from endor.runtime.planner import (
     Budgets,
     ExpertSize,
     ModelSizes,
+    Overheads,
     Piece,
     Rates,
     TableSize,
@@ -95,8 +96,28 @@ def test_head_in_tiles_needs_a_ring_for_tiles() -> None:
 def test_kinds_are_worked_on_at_their_own_rate() -> None:
     rates = replace(RATES, kinds={"bitmap/raw": 8e9})
     assert rates.work_s(16, {"bitmap/raw": 8, "dense/raw": 8}) == pytest.approx(8 / 8e9 + 8 / 4e9)
-    timing = plan(layers(), Budgets(80 * MIB), replace(rates, block_s=1.0, token_s=2.0), depth=2).timing
-    assert timing.work_s == pytest.approx(80 * MIB / 8e9 + 8 * 1.0 + 2.0)
+    timing = plan(layers(), Budgets(80 * MIB), rates, depth=2).timing
+    assert timing.work_s == pytest.approx(80 * MIB / 8e9)
+
+
+def test_what_does_not_depend_on_bytes_is_added() -> None:
+    overheads = Overheads(block_s=1.0, cold_s=0.5, cold_bytes=10 * MIB, streamed_s=0.25, token_s=2.0)
+    kept, streamed = (
+        plan(layers(), Budgets(n * MIB), replace(RATES, overheads=overheads), depth=2).timing.work_s
+        for n in (80, 0)
+    )
+    assert kept == pytest.approx(80 * MIB / 4e9 + 8 * 1.5 + 2.0)
+    assert streamed == pytest.approx(kept + 8 * 0.25)
+    small = plan(layers(mib=9), Budgets(80 * MIB), replace(RATES, overheads=overheads), depth=2).timing
+    assert small.work_s == pytest.approx(72 * MIB / 4e9 + 8 * 1.0 + 2.0)
+
+
+def test_reading_slows_work_down_while_it_lasts() -> None:
+    rates = replace(RATES, overheads=Overheads(slowdown=0.5))
+    idle, busy = (plan(layers(), Budgets(n * MIB), rates, depth=2).timing.work_s for n in (80, 0))
+    assert busy == pytest.approx(1.5 * idle)
+    half = plan(layers(), Budgets(70 * MIB), rates, depth=2).timing
+    assert half.work_s == pytest.approx(idle + 0.5 * half.read_s)
 
 
 # Budgets.
@@ -197,6 +218,14 @@ def test_first_expert_of_a_layer_waits_for_the_router() -> None:
     timing = plan(moe(), Budgets(40 * MIB), fast_disk, depth=2).timing
     assert timing.bound == "work"
     assert timing.exposed_s == pytest.approx(4 * MIB / 8e9)
+
+
+def test_short_reads_of_experts_are_slower_and_cost_work() -> None:
+    overheads = Overheads(expert_s=1.0, expert_read_s=0.5, expert_disk_share=0.5)
+    plain = plan(moe(), Budgets(40 * MIB), RATES, depth=2).timing
+    found = plan(moe(), Budgets(40 * MIB), replace(RATES, overheads=overheads), depth=2).timing
+    assert found.read_s == pytest.approx(2 * plain.read_s)
+    assert found.work_s == pytest.approx(plain.work_s + 4 * 8 * 1.5)
 
 
 @pytest.mark.parametrize("routed", [0, 65])
