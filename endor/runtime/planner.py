@@ -503,16 +503,19 @@ def _seen(layer: ExpertSize, tokens: float) -> float:
 
 
 def _expert_time(layer: ExpertSize, hits: float, rates: Rates, *, depth: int) -> Timing:
-    """Of one layer's experts: the first that is missing is only asked for when the router has chosen."""
-    extra = rates.overheads
-    missing = layer.routed * (1.0 - hits)
+    """Of one layer's experts, which are asked for when the router has chosen.
+
+    If the first is missing its read hides behind nothing; that of any other one hides behind the products
+    since the one that was missing before it.
+    """
+    extra, missed = rates.overheads, 1.0 - hits
+    missing = layer.routed * missed
     read_s = layer.expert.nbytes / (rates.disk_bytes_per_s * extra.expert_disk_share)
-    copy_s = layer.expert.nbytes / rates.copy_bytes_per_s
     product_s = rates.work_s(layer.expert.nbytes, layer.expert.kinds) + extra.expert_s
-    hidden_s = max(0.0, missing - 1.0) * min(read_s, product_s) if depth else 0.0
+    hidden_s = (missing - missed) * min(read_s, product_s / missed) if depth and missed else 0.0
     return Timing(
         read_s=missing * read_s,
-        copy_s=missing * copy_s,
+        copy_s=missing * layer.expert.nbytes / rates.copy_bytes_per_s,
         work_s=layer.routed * product_s + missing * extra.expert_read_s,
         exposed_s=missing * read_s - hidden_s,
     )

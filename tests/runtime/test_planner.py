@@ -220,6 +220,12 @@ def test_first_expert_of_a_layer_waits_for_the_router() -> None:
     assert timing.exposed_s == pytest.approx(4 * MIB / 8e9)
 
 
+def test_missing_experts_hide_behind_those_that_are_there() -> None:
+    disk_as_fast_as_half_the_work = Rates(disk_bytes_per_s=1e9, work_bytes_per_s=0.5e9)
+    timing = plan(moe(), Budgets(40 * MIB + 128 * MIB), disk_as_fast_as_half_the_work, depth=2).timing
+    assert timing.exposed_s == pytest.approx(4 * MIB / 1e9 / 2)  # half of the layers' first ones are missing
+
+
 def test_short_reads_of_experts_are_slower_and_cost_work() -> None:
     overheads = Overheads(expert_s=1.0, expert_read_s=0.5, expert_disk_share=0.5)
     plain = plan(moe(), Budgets(40 * MIB), RATES, depth=2).timing
