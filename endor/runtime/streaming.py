@@ -400,6 +400,7 @@ class Runtime:
             self._handles.append(
                 stacks.module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
             )
+            self._after(stacks.module, _Hook(self, Runtime._leave_experts))
         self._before(model, _Hook(self, Runtime._begin_forward))
         self._after(model, _Hook(self, Runtime._end_forward))
 
@@ -471,10 +472,18 @@ class Runtime:
         finally:
             self._turn.leave()
 
-    def _announce_experts(self, layer: int, chosen: torch.Tensor) -> None:
+    def _enter_experts(self, layer: int, chosen: torch.Tensor | None) -> None:
+        """All layers share one cache, so a thread has it for a whole layer, also where the layer is called by
+        itself and its block is resident."""
+        self._turn.enter()
+        if chosen is None:
+            return
         assert self._expert_cache is not None
         count = self._experts[layer].count
         self._expert_cache.want([(layer, e) for e in torch.unique(chosen).tolist() if 0 <= e < count])
+
+    def _leave_experts(self) -> None:
+        self._turn.leave()
 
     def _release_leases(self) -> None:
         while self._leases:
@@ -533,8 +542,8 @@ class _ExpertsHook:
         runtime = self._runtime()
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         chosen = next((t for t in tensors if t.dtype in (torch.int64, torch.int32)), None)
-        if runtime is not None and chosen is not None:
-            runtime._announce_experts(self._layer, chosen)
+        if runtime is not None:
+            runtime._enter_experts(self._layer, chosen)
 
 
 class _TileLease:

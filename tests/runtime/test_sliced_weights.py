@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,24 @@ def test_experts_ask_again_after_an_error(moe: tuple[Path, Any], monkeypatch: py
         logits(model)
     fail["on"] = False
     assert torch.equal(logits(model), logits(moe[1]))
+
+
+def test_threads_that_call_layers_by_themselves_take_turns(moe: tuple[Path, Any]) -> None:
+    with endor.open(moe[0]) as checkpoint:
+        blocks = sum(home.nbytes for home in checkpoint.blocks) - expert_bytes(moe[0])
+    model = endor.load(moe[0], host_memory=blocks, matmul="decode")
+    assert runtime_of(model).placement.counts()["disk"] == 0
+    inputs = [torch.tensor([[n, n + 9, n + 30, n + 50]]) for n in range(3, 7)]
+
+    def answers(number: int) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [model.model(inputs[number]).last_hidden_state for _ in range(10)]
+
+    with torch.inference_mode():
+        expected = [moe[1].model(ids).last_hidden_state for ids in inputs]
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        found = list(pool.map(answers, range(len(inputs))))
+    assert all(torch.equal(a, e) for got, e in zip(found, expected, strict=True) for a in got)
 
 
 def test_dense_reference_is_what_transformers_loads(tmp_path: Path) -> None:
