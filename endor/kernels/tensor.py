@@ -231,6 +231,11 @@ class BitmapTensor(torch.Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func.is_view and torch.is_inference_mode_enabled() and not args[0].is_inference():
+            # torch counts the versions of what views a tensor made outside inference mode; one made inside
+            # has no counter.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                return cls.__torch_dispatch__(func, types, args, kwargs)
         overload = func.overloadpacket
         if overload in (_aten.detach, _aten.alias) and isinstance(args[0], BitmapTensor):
             return args[0]._like(args[0]._packed, dtype=args[0].dtype)

@@ -90,6 +90,14 @@ def test_another_dtype_is_shown_and_decoded_to() -> None:
     assert torch.equal(wide + 0, dense.float())
 
 
+def test_views_made_in_inference_mode_equal_the_dense_ones() -> None:
+    dense = torch.randn(6, 8).to(torch.bfloat16)
+    packed = endor.encode(dense)
+    with torch.inference_mode():
+        assert_bitwise_equal(packed.t().contiguous(), dense.t().contiguous())
+        assert_bitwise_equal(endor.decode(torch.nn.Parameter(packed, requires_grad=False)), dense)
+
+
 def test_writing_is_refused() -> None:
     packed = endor.encode(weight(4, 64))
     with pytest.raises(KernelError, match="read-only"):
