@@ -54,7 +54,8 @@ class MappedFile:
         except (OSError, ValueError) as error:
             os.close(self._descriptor)
             raise LoadError(f"{path}: cannot be mapped: {error}") from error
-        self._tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        with torch.inference_mode(mode=False):  # it outlives the forward that opens the file
+            self._tensor = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def bytes_at(self, offset_bytes: int, length_bytes: int) -> torch.Tensor:
         """A view of a range, uint8."""

@@ -281,19 +281,9 @@ class WeightStream:
         self._check_process()
         if self._mode is None:
             self._choose_mode()
-        if index in self._small:
-            return self._stay(index)
-        group = self.groups[index]
-        hold = self._hold(index) if index in self._ahead else None
-        tensors: dict[str, torch.Tensor] = {}
-        for name, stored in group.tensors.items():
-            memory = None if hold is None else _in_ring(hold, stored)
-            if memory is None:
-                tensors[name] = self._mapped(stored, group)
-            else:
-                tensor = stored.tensor(memory, self._scratch)
-                tensors[name] = _own(tensor) if keep else tensor
-        return tensors
+        # What is made in inference mode and kept could not be used outside of it.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return self._stay(index) if index in self._small else self._bring(index, keep=keep)
 
     def done(self, index: int) -> None:
         """Give the tensors of a group back."""
@@ -397,6 +387,20 @@ class WeightStream:
             total += op.length_bytes
             cached += fraction * op.length_bytes
         return cached / total if total else 1.0
+
+    def _bring(self, index: int, *, keep: bool) -> dict[str, torch.Tensor]:
+        """A group from its block in the ring, or mapped."""
+        group = self.groups[index]
+        hold = self._hold(index) if index in self._ahead else None
+        tensors: dict[str, torch.Tensor] = {}
+        for name, stored in group.tensors.items():
+            memory = None if hold is None else _in_ring(hold, stored)
+            if memory is None:
+                tensors[name] = self._mapped(stored, group)
+            else:
+                tensor = stored.tensor(memory, self._scratch)
+                tensors[name] = _own(tensor) if keep else tensor
+        return tensors
 
     def _stay(self, index: int) -> dict[str, torch.Tensor]:
         """A small group, read once and kept."""

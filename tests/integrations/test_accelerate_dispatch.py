@@ -589,3 +589,16 @@ def test_hooks_given_by_hand_share_nothing() -> None:
         ours.add_hook_to_module(layer, ours.AlignDevicesHook(execution_device="cpu", offload=True))
     first, second = (align_hooks(layer)[0] for layer in layers)
     assert first.state is not second.state
+
+
+@pytest.mark.parametrize("encode", [None, "auto"])
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_inference_mode_and_other_modes_take_turns(
+    first: Callable[[], Any], encode: str | None, each_way: str, tmp_path: Path
+) -> None:
+    model, x = stack().to(torch.bfloat16), sample().to(torch.bfloat16)
+    expected = run(model, x)
+    model = ours.disk_offload(model, tmp_path, encode=encode)
+    for mode in (first, torch.enable_grad, torch.inference_mode, torch.no_grad):
+        with mode():
+            assert torch.equal(model(x), expected)
