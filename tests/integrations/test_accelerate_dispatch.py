@@ -596,9 +596,9 @@ def test_hooks_given_by_hand_share_nothing() -> None:
 def test_inference_mode_and_other_modes_take_turns(
     first: Callable[[], Any], encode: str | None, each_way: str, tmp_path: Path
 ) -> None:
-    model, x = stack().to(torch.bfloat16), sample().to(torch.bfloat16)
-    expected = run(model, x)
-    model = ours.disk_offload(model, tmp_path, encode=encode)
+    source, x = stack().to(torch.bfloat16), sample().to(torch.bfloat16)
+    expected = run(source, x)
+    model = ours.disk_offload(source, tmp_path, encode=encode)
     for mode in (first, torch.enable_grad, torch.inference_mode, torch.no_grad):
         with mode():
             assert torch.equal(model(x), expected)

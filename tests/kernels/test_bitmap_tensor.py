@@ -95,7 +95,7 @@ def test_views_made_in_inference_mode_equal_the_dense_ones() -> None:
     packed = endor.encode(dense)
     with torch.inference_mode():
         assert_bitwise_equal(packed.t().contiguous(), dense.t().contiguous())
-        assert_bitwise_equal(endor.decode(torch.nn.Parameter(packed, requires_grad=False)), dense)
+        assert_bitwise_equal(packed.detach()[2:4], dense[2:4])
 
 
 def test_writing_is_refused() -> None:
