@@ -1,10 +1,11 @@
-"""Draws docs/images/ from the reports of the benchmarks: bits per weight, and tokens per second, per codec.
+"""Draws docs/images/ from the reports of the benchmarks: bits per weight and tokens per second, per codec
+and by how much of the model stays in memory.
 
     python scripts/plot_benchmarks.py REPORT.json... [--out docs/images]
 
-Reports are what `bench_codecs.py --json` and `bench_stream.py --json` write, in any number: rounds of one
-contender in several reports count together. Needs matplotlib: `pip install -e .[bench]`. The background is
-transparent and the ink a grey that reads on white and on black.
+Reports are what `bench_codecs.py`, `bench_stream.py` and `bench_budgets.py` write with `--json`, in any
+number: rounds of one contender in several reports count together. Needs matplotlib: `pip install -e
+.[bench]`. The background is transparent and the ink a grey that reads on white and on black.
 """
 
 from __future__ import annotations
@@ -73,15 +74,31 @@ def rate_bars(reports: Iterable[Mapping[str, Any]], mode: str) -> list[Bar]:
     return sorted(bars, key=lambda bar: bar.value)
 
 
+def budget_lines(reports: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Tokens per second by the share of the model in memory, per contender, over all reports."""
+    titles = {"results": "Endor auto", "accelerate": "accelerate 1.15, dense weights, same memory"}
+    seconds: dict[str, dict[float, list[float]]] = {}
+    for report in reports:
+        for key, title in titles.items():
+            for share, rounds in _by_share(report.get(key)).items():
+                found = seconds.setdefault(title, {}).setdefault(float(share), [])
+                found += [each["seconds"] for each in rounds]
+    return {
+        title: [(share, 1 / statistics.median(found)) for share, found in sorted(by_share.items())]
+        for title, by_share in seconds.items()
+    }
+
+
+def _by_share(results: Any) -> Mapping[str, Any]:
+    return results if isinstance(results, Mapping) else {}
+
+
 # ── drawing ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def draw(panels: Mapping[str, tuple[list[Bar], float | None]], *, unit: str, bound: str, path: Path) -> None:
     """Panels of horizontal bars side by side, each with a line, a mark per bar, or no bound."""
-    importlib.import_module("matplotlib").use("Agg")
-    plt: Any = importlib.import_module("matplotlib.pyplot")
-    keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    plt.rcParams.update(dict.fromkeys(keys, INK) | {"font.size": 9, "axes.titlesize": 10})
+    plt = _pyplot()
     height = 1.2 + 0.3 * max(len(bars) for bars, _ in panels.values())
     figure, axes = plt.subplots(1, len(panels), figsize=(4.8 * len(panels), height), squeeze=False)
     for axis, (title, (bars, line)) in zip(axes[0], panels.items(), strict=True):
@@ -92,6 +109,18 @@ def draw(panels: Mapping[str, tuple[list[Bar], float | None]], *, unit: str, bou
             axis.axvline(line, color=BOUND, linestyle="--", linewidth=1.4, label=f"{bound}: {line:.2f}")
         if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.9 / height))
+    _save(plt, figure, path)
+
+
+def _pyplot() -> Any:
+    importlib.import_module("matplotlib").use("Agg")
+    plt: Any = importlib.import_module("matplotlib.pyplot")
+    keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    plt.rcParams.update(dict.fromkeys(keys, INK) | {"font.size": 9, "axes.titlesize": 10})
+    return plt
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, transparent=True)
@@ -118,6 +147,28 @@ def _draw_bars(axis: Any, bars: list[Bar], bound: str) -> None:
         axis.annotate(
             f"{bar.value:.3g}", (at, row), (shift, 0), textcoords="offset points", va="center", color=colour
         )
+
+
+def plot_budgets(reports: Sequence[Mapping[str, Any]], out: Path) -> Path | None:
+    """Tokens per second by how much of the model stays in memory."""
+    lines = budget_lines(reports)
+    if not lines:
+        return None
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(5.6, 3.0))
+    for (title, points), colour in zip(lines.items(), (OURS, OTHERS), strict=False):
+        shares, rates = zip(*points, strict=True)
+        axis.plot([100 * share for share in shares], rates, marker="o", color=colour, label=title)
+        for share, rate in points:
+            axis.annotate(f"{rate:.3g}", (100 * share, rate), (0, 6), textcoords="offset points", ha="center")
+    axis.set_ylim(0, 1.15 * max(rate for points in lines.values() for _, rate in points))
+    axis.set_xlabel("memory for weights, % of the compressed model")
+    axis.set_ylabel("tokens/s, 1.1 B parameters")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+    path = out / "tokens_by_budget.png"
+    _save(plt, figure, path)
+    return path
 
 
 def plot_sizes(reports: Sequence[Mapping[str, Any]], out: Path) -> Path | None:
@@ -155,7 +206,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=images)
     arguments = parser.parse_args(words)
     reports = [json.loads(path.read_text()) for path in arguments.reports]
-    paths = [path for plot in (plot_sizes, plot_rates) if (path := plot(reports, arguments.out))]
+    paths = [
+        path for plot in (plot_sizes, plot_rates, plot_budgets) if (path := plot(reports, arguments.out))
+    ]
     if not paths:
         parser.error("the reports hold neither sizes of the demo model nor tokens per second")
     for path in paths:

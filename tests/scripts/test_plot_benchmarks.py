@@ -38,6 +38,9 @@ DEMO = {
 }
 
 
+BUDGETS = {"results": {"0.0": [{"seconds": 0.2}], "1.0": [{"seconds": 0.1}]}, "accelerate": {}}
+
+
 def test_rounds_of_several_reports_count_together(plots: ModuleType) -> None:
     reports = [stream_report([1.0, 5.0], 6.0), stream_report([4.0], 8.0)]
 
@@ -50,6 +53,15 @@ def test_rounds_of_several_reports_count_together(plots: ModuleType) -> None:
         None,
     )
     assert (fast.label, fast.value, fast.is_ours, fast.bound) == ("Endor auto, depth 2", 4.0, True, 7.0)
+
+
+def test_budgets_are_lines_by_share_over_all_reports(plots: ModuleType) -> None:
+    reports = [
+        {"results": {"1.0": [{"seconds": 0.1}], "0.0": [{"seconds": s}]}, "accelerate": {}}
+        for s in (0.4, 0.6)
+    ]
+
+    assert plots.budget_lines(reports) == {"Endor auto": [(0.0, 2.0), (1.0, 10.0)]}
 
 
 def test_sizes_begin_with_the_dense_weight_and_end_with_ours(plots: ModuleType) -> None:
@@ -69,14 +81,14 @@ def test_reports_without_anything_to_draw_are_refused(
     assert "neither sizes of the demo model nor tokens per second" in capsys.readouterr().err
 
 
-def test_both_plots_are_drawn_and_small(plots: ModuleType, tmp_path: Path) -> None:
+def test_all_plots_are_drawn_and_small(plots: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install -e .[bench])")
     report = tmp_path / "report.json"
-    report.write_text(json.dumps({**stream_report([1.0], 2.0), "demo": [DEMO]}))
+    report.write_text(json.dumps({**stream_report([1.0], 2.0), "demo": [DEMO], **BUDGETS}))
 
     plots.main([str(report), "--out", str(tmp_path / "images")])
 
-    for name in ("bits_per_weight.png", "tokens_per_second.png"):
+    for name in ("bits_per_weight.png", "tokens_per_second.png", "tokens_by_budget.png"):
         content = (tmp_path / "images" / name).read_bytes()
         assert content.startswith(b"\x89PNG")
         assert len(content) < 60_000
