@@ -6,6 +6,7 @@ is computed with, the next ones are read into slots that no announced expert has
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 
 from endor.errors import LoadError
 from endor.formats.packed import PackedTensor
+from endor.kernels.tensor import BitmapTensor
 from endor.loaders import Reader, StagingBuffer, StagingPool, Ticket, Unit
 from endor.loaders.reader import drain
 from endor.runtime.stats import StatsRecorder
@@ -40,6 +42,7 @@ class _Slot:
     expert: Expert | None = None
     tickets: list[Ticket] = field(default_factory=list)
     weights: Mapping[str, PackedTensor] | None = None
+    lent: list[weakref.ref[BitmapTensor]] = field(default_factory=list)
 
 
 class ExpertCache:
@@ -69,7 +72,8 @@ class ExpertCache:
         self._ahead = ahead
         self._stats = stats
         self._pool = StagingPool(slots * slot_bytes)
-        self._free = [_Slot(self._pool.allocate(slot_bytes)) for _ in range(slots)]
+        self._all = [_Slot(self._pool.allocate(slot_bytes)) for _ in range(slots)]
+        self._free = list(self._all)
         self._taken: OrderedDict[ExpertKey, _Slot] = OrderedDict()
         self._wanted: deque[ExpertKey] = deque()
         self._in_use: ExpertKey | None = None
@@ -85,6 +89,9 @@ class ExpertCache:
 
     def want(self, keys: Sequence[ExpertKey]) -> None:
         """Announce what `get` will ask for next, in this order, and begin to read it."""
+        if self.slots != len(self._all):  # Ctrl-C came between two of our steps
+            taken = {id(slot) for slot in self._taken.values()}
+            self._free = [slot for slot in self._all if id(slot) not in taken]
         self._wanted = deque(keys)
         self._in_use = None
         self._fill()
@@ -102,6 +109,12 @@ class ExpertCache:
         self._taken.move_to_end(key)
         self._fill()
         return self._finish(key, slot, again=again)
+
+    def lend(self, key: ExpertKey, part: BitmapTensor) -> None:
+        """Detach `part`, whose sections lie in the expert's slot, when the slot becomes another expert's."""
+        slot = self._taken[key]
+        slot.lent = [ref for ref in slot.lent if ref() is not None]
+        slot.lent.append(weakref.ref(part))
 
     def close(self) -> None:
         """End all reads and free the memory. Idempotent."""
@@ -143,11 +156,10 @@ class ExpertCache:
         slot = self._empty_slot()
         if slot is None:
             return None
-        expert = self._expert_of(key)
-        slot.expert, slot.weights = expert, None
-        memory = slot.buffer.memory
         self._taken[key] = slot
         try:
+            slot.expert = expert = self._expert_of(key)
+            memory = slot.buffer.memory
             for op, start in zip(expert.unit.ops, expert.unit.op_offsets, strict=True):
                 slot.tickets.append(self._reader.submit(op, memory[start : start + op.length_bytes]))
         except BaseException:
@@ -179,4 +191,8 @@ class ExpertCache:
         slot = self._taken.pop(key)
         drain(self._reader, slot.tickets)
         slot.tickets, slot.weights, slot.expert = [], None, None
+        while slot.lent:
+            part = slot.lent.pop()()
+            if part is not None:
+                part.detach_sections()
         self._free.append(slot)

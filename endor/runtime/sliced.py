@@ -46,6 +46,10 @@ class SliceSource(ABC):
         """One matrix of a stack, [1, rows, cols], valid until another one of the same layer is asked for."""
         raise NotImplementedError
 
+    def lend(self, index: int, part: BitmapTensor) -> None:
+        """Remember that `part` has the sections of `matrix(index)`, to detach it when they become others."""
+        raise NotImplementedError
+
 
 class SlicedWeight(BitmapTensor):
     """A weight that a source brings in parts, unless it is attached as a whole."""
@@ -168,7 +172,11 @@ def _matrix(weight: SlicedWeight, index: int) -> torch.Tensor:
         raise IndexError(f"index {index} is out of range for a stack of {count} matrices")
     packed = weight.source.matrix(index % count)
     matrix = as_matrix(packed)
-    return weight.part(packed).to_dense()[0] if matrix is None else weight.part(matrix)
+    if matrix is None:
+        return weight.part(packed).to_dense()[0]
+    part = weight.part(matrix)
+    weight.source.lend(index % count, part)
+    return part
 
 
 def as_matrix(packed: PackedTensor) -> PackedTensor | None:

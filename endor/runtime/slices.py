@@ -14,6 +14,7 @@ from endor.checkpoint import Checkpoint
 from endor.formats.packed import PackedTensor
 from endor.formats.reader import BlockRange
 from endor.formats.slices import RowIndex, RowSlice, SectionRange, index_sections
+from endor.kernels.tensor import BitmapTensor
 from endor.loaders import Reader, ReadOp, Unit, read_unit
 from endor.runtime.experts import Expert, ExpertCache
 from endor.runtime.sliced import SlicedWeight, SliceSource
@@ -49,13 +50,16 @@ class Rows:
     def unit(self, tile: RowSlice) -> Unit:
         return Unit(f"{self.name}[{tile.first_row}:]", tuple(self.op(part) for part in tile.ranges))
 
-    def read_whole(self, reader: Reader) -> PackedTensor:
+    def read_whole(self, reader: Reader, stats: StatsRecorder) -> PackedTensor:
         """Everything, in fresh memory."""
+        began_s = perf_counter()
         g = self.index.layout.geometry
         whole = self.index.row_blocks(0, g.row_blocks)
         unit = self.unit(whole)
         memory = torch.empty(unit.span_bytes, dtype=torch.uint8)
-        read_unit(reader, unit, memory.numpy().data)
+        stats.on_demand_read_s += read_unit(reader, unit, memory.numpy().data).read_s
+        stats.disk_bytes += unit.total_bytes
+        stats.stalled(self.name, perf_counter() - began_s)
         packed = whole.assemble(parts_of(unit, memory))
         sections = {
             n: t.view(s.shape)
@@ -167,7 +171,7 @@ class TiledSource(SliceSource):
                 yield tile.first_row, tile.assemble(parts)
 
     def whole(self) -> PackedTensor:
-        return self._rows.read_whole(self._reader)
+        return self._rows.read_whole(self._reader, self._stats)
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -236,15 +240,21 @@ class ExpertSource(SliceSource):
 
     has_matrices = True
 
-    def __init__(self, cache: ExpertCache, layer: int, name: str, rows: Rows, reader: Reader) -> None:
+    def __init__(
+        self, cache: ExpertCache, layer: int, rows: Rows, *, reader: Reader, stats: StatsRecorder
+    ) -> None:
         self._cache = cache
+        self._stats = stats
         self._layer = layer
-        self._name = name
+        self._name = rows.name
         self._rows = rows
         self._reader = reader
 
     def matrix(self, index: int) -> PackedTensor:
         return self._cache.get((self._layer, index))[self._name]
 
+    def lend(self, index: int, part: BitmapTensor) -> None:
+        self._cache.lend((self._layer, index), part)
+
     def whole(self) -> PackedTensor:
-        return self._rows.read_whole(self._reader)
+        return self._rows.read_whole(self._reader, self._stats)

@@ -374,7 +374,9 @@ class Runtime:
             assert self._expert_cache is not None
             for name, weight in stacks.weights.items():
                 weight.use_source(
-                    ExpertSource(self._expert_cache, layer, name, stacks.rows[name], self.reader)
+                    ExpertSource(
+                        self._expert_cache, layer, stacks.rows[name], reader=self.reader, stats=self._stats
+                    )
                 )
 
     def _verify(self, unit_index: int, memory: memoryview) -> None:

@@ -278,3 +278,37 @@ def test_dense_reference_is_what_transformers_loads(tmp_path: Path) -> None:
     source = tiny_llama(layers=1, tied=True)
     model = endor.load(write_endor_checkpoint(source, tmp_path / "endor"), host_memory=0, matmul="decode")
     assert torch.equal(logits(model), logits(dense_reference(source, tmp_path / "dense")))
+
+
+def test_an_expert_that_is_held_too_long_is_an_error_in_words(moe: tuple[Path, Any]) -> None:
+    model = endor.load(moe[0], host_memory=0, depth=2)
+    weight = next(p for p in model.parameters() if p.dim() == 3)
+    first, *_ = [weight[i] for i in range(8)]
+    with pytest.raises(KernelError, match="used while its block is not running"):
+        F.linear(torch.randn(1, weight.shape[2], dtype=torch.bfloat16), first)
+
+
+def test_interrupted_launches_lose_no_slot(moe: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = endor.load(moe[0], host_memory=0)
+    cache = runtime_of(model)._expert_cache
+    assert cache is not None
+    expert_of, slots = cache._expert_of, cache.slots
+
+    def interrupted(key: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for _ in range(4):
+        monkeypatch.setattr(cache, "_expert_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model)
+    monkeypatch.setattr(cache, "_expert_of", expert_of)
+    assert torch.equal(logits(model), logits(moe[1]))
+    assert cache.slots == slots
+
+
+def test_a_stack_that_is_read_whole_counts_as_read(moe: tuple[Path, Any]) -> None:
+    model = endor.load(moe[0], host_memory=0)
+    weight = next(p for p in model.parameters() if p.dim() == 3)
+    before = model.endor_stats().disk_bytes
+    weight.to_dense()
+    assert model.endor_stats().disk_bytes - before >= 0.9 * weight.nbytes
