@@ -17,7 +17,7 @@ import click
 import endor
 from endor.errors import EndorError
 
-__all__ = ["SIZE", "common_options", "emit_json", "exits_cleanly", "format_size", "say"]
+__all__ = ["SIZE", "common_options", "depth_option", "emit_json", "exits_cleanly", "format_size", "say"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,6 +56,15 @@ def format_size(n_bytes: float) -> str:
         if abs(n_bytes) >= scale:
             return f"{n_bytes / scale:.{1 if n_bytes / scale < 100 else 0}f} {unit}"
     return f"{n_bytes:.0f} B"
+
+
+depth_option = click.option(
+    "--depth",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="Blocks read ahead of the one that runs.",
+)
 
 
 def common_options(function: F) -> F:

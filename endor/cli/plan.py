@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.options import SIZE, common_options, emit_json, exits_cleanly, format_size, say
+from endor.cli.options import SIZE, common_options, depth_option, emit_json, exits_cleanly, format_size, say
 from endor.errors import LoadError
 
 if TYPE_CHECKING:
@@ -51,13 +51,7 @@ _RATE = _Rate()
     type=SIZE,
     help="The same in the memory of a device that has its own; `run-offloaded` does not use one yet.",
 )
-@click.option(
-    "--depth",
-    type=click.IntRange(min=0),
-    default=2,
-    show_default=True,
-    help="Blocks read ahead of the one that runs.",
-)
+@depth_option
 @click.option("--disk-bandwidth", type=_RATE, help="Of the disk, e.g. 2GB/s.  [default: measured once]")
 @click.option(
     "--memory-bandwidth",

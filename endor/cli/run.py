@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.options import SIZE, common_options, emit_json, exits_cleanly, say
+from endor.cli.options import SIZE, common_options, depth_option, emit_json, exits_cleanly, say
 from endor.errors import LoadError
 
 if TYPE_CHECKING:
@@ -78,13 +78,7 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
     show_default=True,
     help="How blocks are read; `endor doctor` says what each can do here.",
 )
-@click.option(
-    "--depth",
-    type=click.IntRange(min=0),
-    default=2,
-    show_default=True,
-    help="Blocks read ahead of the one that runs.",
-)
+@depth_option
 @click.option("--dtype", type=click.Choice(_DTYPES), default="auto", show_default=True, help="To compute in.")
 @click.option(
     "--matmul",

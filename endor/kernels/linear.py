@@ -42,7 +42,6 @@ threads of a Zen 5 core with 32 MiB of third-level cache:
 
 Where all at once is no slower, tiles still keep the scratch small. With one thread 8 MiB were as fast.
 """
-_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 class RowScratch(Protocol):
@@ -102,7 +101,7 @@ def _is_plain_product(x: Tensor, packed: PackedTensor, bias: Tensor | None, dtyp
     """Whether this is a product of matrices on the CPU, with nothing recorded, traced, cast or mapped."""
     shape = packed.layout.shape
     return (
-        type(x) in _TENSORS
+        type(x) in matmul.PLAIN_TENSORS
         and x.dtype == dtype
         and len(shape) == 2
         and x.dim() > 0
@@ -121,7 +120,9 @@ def _is_plain_product(x: Tensor, packed: PackedTensor, bias: Tensor | None, dtyp
 
 def _is_plain_bias(bias: Tensor, rows: int, dtype: torch.dtype) -> bool:
     recorded = (bias.requires_grad and torch.is_grad_enabled()) or _has_tangent(bias)
-    return type(bias) in _TENSORS and bias.shape == (rows,) and bias.dtype == dtype and not recorded
+    return (
+        type(bias) in matmul.PLAIN_TENSORS and bias.shape == (rows,) and bias.dtype == dtype and not recorded
+    )
 
 
 def _has_tangent(x: Tensor) -> bool:

@@ -28,7 +28,7 @@ from endor.kernels.native_exponent import exponent_arguments
 from endor.kernels.native_memory import aligned, with_aligned_sections
 from endor.kernels.native_quantized import quantized_arguments
 
-__all__ = ["MAX_ROWS", "instruction_sets", "linear", "supports"]
+__all__ = ["MAX_ROWS", "PLAIN_TENSORS", "instruction_sets", "linear", "supports"]
 
 MAX_ROWS = {
     "avx512bf16": {"raw": 8, "exponent": 8, "int8": 8, "int4": 8},
@@ -161,7 +161,7 @@ def supports(x: Tensor, packed: PackedTensor) -> bool:
 
 def _possible(x: Tensor, packed: PackedTensor, isa: str | None) -> _Operand | None:
     """The operand, if there is code for this product, and few enough rows unless `isa` is given."""
-    if type(x) not in _TENSORS or torch.compiler.is_compiling() or x.is_neg():
+    if type(x) not in PLAIN_TENSORS or torch.compiler.is_compiling() or x.is_neg():
         return None
     operand = _operand(packed, isa or _fastest())
     if operand is None or x.dtype not in _X_DTYPES or x.device.type != "cpu" or x.dim() == 0:
@@ -171,7 +171,8 @@ def _possible(x: Tensor, packed: PackedTensor, isa: str | None) -> _Operand | No
     return operand
 
 
-_TENSORS = (Tensor, torch.nn.Parameter)
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+"""What has memory of its own to take an address of; other subclasses may not."""
 
 
 @cache
