@@ -10,23 +10,40 @@ This package knows byte ranges, never what they mean.
 
 from __future__ import annotations
 
+from endor.loaders.accelerator import (
+    Accelerator,
+    BlockingAccelerator,
+    Copied,
+    CudaAccelerator,
+    Event,
+    accelerator_for,
+)
 from endor.loaders.choice import READER_NAMES, KvikioProbe, ReaderChoice, choose_reader, probe_kvikio
 from endor.loaders.flight import OnRead
-from endor.loaders.held import MemoryReader
+from endor.loaders.held import HeldUnits, MemoryReader
 from endor.loaders.kvikio_reader import KvikioReader
 from endor.loaders.mapped import MmapReader
 from endor.loaders.memory import available_bytes
 from endor.loaders.pagecache import cached_fraction, drop_from_page_cache
 from endor.loaders.plan import PAGE_BYTES, LoadPlan, ReadOp, Unit
+from endor.loaders.pool import Buffer, Pool
 from endor.loaders.posix import PosixReader
 from endor.loaders.prefetch import Lease, Prefetcher, PrefetchStats
 from endor.loaders.reader import DirectMode, Reader, ReadReport, Ticket, read_unit
+from endor.loaders.slots import SlotBuffer, SlotPool
 from endor.loaders.staging import StagingBuffer, StagingPool
 
 __all__ = [
     "PAGE_BYTES",
     "READER_NAMES",
+    "Accelerator",
+    "BlockingAccelerator",
+    "Buffer",
+    "Copied",
+    "CudaAccelerator",
     "DirectMode",
+    "Event",
+    "HeldUnits",
     "KvikioProbe",
     "KvikioReader",
     "Lease",
@@ -34,6 +51,7 @@ __all__ = [
     "MemoryReader",
     "MmapReader",
     "OnRead",
+    "Pool",
     "PosixReader",
     "PrefetchStats",
     "Prefetcher",
@@ -41,10 +59,13 @@ __all__ = [
     "ReadReport",
     "Reader",
     "ReaderChoice",
+    "SlotBuffer",
+    "SlotPool",
     "StagingBuffer",
     "StagingPool",
     "Ticket",
     "Unit",
+    "accelerator_for",
     "available_bytes",
     "cached_fraction",
     "choose_reader",

@@ -1,8 +1,8 @@
-"""One unit's way into staging memory, and the background thread that takes it there.
+"""One unit's way to where it is used, and the background thread that takes it there.
 
-The thread submits reads, waits for them and runs the `on_read` hook; it decides nothing. Signals never reach
-it, so what it has begun it finishes, and a latch put into its queue (a fence) opens when everything before it
-is done.
+The thread submits reads, waits for them, runs the `on_read` hook and, for a device with memory of its own,
+starts the copy on; it decides nothing. Signals never reach it, so what it has begun it finishes, and a latch
+put into its queue (a fence) opens when everything before it is done.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
+import torch
+
 from endor.errors import LoadError
 from endor.loaders.latch import Latch
 from endor.loaders.plan import Unit
-from endor.loaders.reader import Reader, ReadReport, Ticket, drain
-from endor.loaders.staging import StagingBuffer
+from endor.loaders.pool import Buffer
+from endor.loaders.reader import Moved, Reader, ReadReport, Ticket, drain
 
 __all__ = ["Flight", "FlightCrew", "Hold", "OnRead"]
 
@@ -36,14 +38,19 @@ class Hold:
 
 
 class Flight:
-    """One unit on its way into, or in, staging memory. After `done` nobody writes to the buffer any more."""
+    """One unit on its way into, or in, the memory it is used in.
 
-    __slots__ = ("buffer", "cancelled", "done", "error", "holds", "index", "report", "tickets", "unit")
+    After `done` no thread writes to the buffer any more. A device may still copy to it: who uses it lets it
+    `arrive`. With a `source` nothing is read: the bytes are in host memory that stays.
+    """
 
-    def __init__(self, index: int, unit: Unit, buffer: StagingBuffer) -> None:
+    __slots__ = ("buffer", "cancelled", "done", "error", "holds", "index", "report", "source", "tickets", "unit")
+
+    def __init__(self, index: int, unit: Unit, buffer: Buffer, source: torch.Tensor | None = None) -> None:
         self.index = index
         self.unit = unit
         self.buffer = buffer
+        self.source = source
         self.done = Latch()
         self.cancelled = False
         self.error: BaseException | None = None
@@ -91,30 +98,53 @@ class FlightCrew:
 
 
 def _work(tasks: SimpleQueue[Flight | Latch | None], reader: Reader, on_read: OnRead | None) -> None:
-    """Finish tasks in order; submit every known read before waiting for the oldest: the disk never idles."""
+    """Finish tasks in order; submit every known read before waiting for the oldest: the disk never idles.
+
+    What a device still copies from cannot be written to yet. Such a flight is submitted later, in its turn,
+    because behind it in the queue may be others that have nothing to wait for.
+    """
     started: deque[Flight | Latch | None] = deque()
+    waiting: deque[Flight] = deque()
     while True:
         while not started or not tasks.empty():
             task = tasks.get()
-            if isinstance(task, Flight):
-                _submit(task, reader)
             started.append(task)
+            if isinstance(task, Flight):
+                waiting.append(task)
+            _submit_writable(waiting, reader)
         oldest = started.popleft()
         if oldest is None:
             return
         if isinstance(oldest, Latch):
             oldest.set()
-        else:
-            _finish(oldest, reader, on_read)
+            continue
+        if oldest in waiting:  # then it is the first of them
+            _submit(waiting.popleft(), reader)
+        _submit_writable(waiting, reader)
+        _finish(oldest, reader, on_read)
+
+
+def _submit_writable(waiting: deque[Flight], reader: Reader) -> None:
+    while waiting and _is_writable(waiting[0]):
+        _submit(waiting.popleft(), reader)
+
+
+def _is_writable(flight: Flight) -> bool:
+    try:
+        return flight.cancelled or flight.source is not None or flight.buffer.is_writable
+    except BaseException:  # noqa: BLE001 - `_submit` meets the same failure and keeps it
+        return True
 
 
 def _submit(flight: Flight, reader: Reader) -> None:
-    memory = flight.buffer.memory
     try:
-        for op, start in zip(flight.unit.ops, flight.unit.op_offsets, strict=True):
-            if flight.cancelled:
-                break
-            flight.tickets.append(reader.submit(op, memory[start : start + op.length_bytes]))
+        if flight.source is None and not flight.cancelled:
+            flight.buffer.wait_writable()
+            for op, start in zip(flight.unit.ops, flight.unit.op_offsets, strict=True):
+                if flight.cancelled:
+                    break
+                destination = flight.buffer.destination(start, op.length_bytes)
+                flight.tickets.append(reader.submit(op, destination))
     except BaseException as error:  # noqa: BLE001 - a thread's boundary: it is raised again where the unit is acquired
         flight.error = error
         flight.cancelled = True
@@ -127,8 +157,12 @@ def _finish(flight: Flight, reader: Reader, on_read: OnRead | None) -> None:
     try:
         for ticket in flight.tickets:
             flight.report += reader.wait(ticket)
-        if on_read is not None and not flight.cancelled:
-            on_read(flight.index, flight.buffer.memory[: flight.unit.span_bytes])
+        if not flight.cancelled:
+            if flight.source is not None:
+                flight.report += Moved(bytes_memory=flight.unit.total_bytes)
+            elif on_read is not None:
+                on_read(flight.index, flight.buffer.read_bytes(flight.unit.span_bytes))
+            flight.buffer.land(flight.unit.span_bytes, flight.source)
     except BaseException as error:  # noqa: BLE001 - a thread's boundary, as above
         flight.error = flight.error or error
         drain(reader, flight.tickets)

@@ -1,17 +1,19 @@
 """The host tier: units whose bytes stay in memory, lent without a copy or copied on from there.
 
-Where blocks are computed with in host memory they are used in place (`MemoryReader.tensor`). Where they must
-move on, to a GPU's memory, this is a `Reader` like any other, whose reads of held units cost a copy and no
-disk.
+`HeldUnits` holds whole units as they lie in a staging buffer, for the prefetcher of a device, which copies
+them to their slots without reading anything. `MemoryReader` is a `Reader` like any other, whose reads of what
+it holds cost a copy and no disk.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 
@@ -19,10 +21,70 @@ from endor.errors import LoadError
 from endor.loaders.chunks import ChunkedReader
 from endor.loaders.plan import ReadOp, Unit
 from endor.loaders.posix import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS, PosixFile
-from endor.loaders.reader import Destination, DirectMode, Moved, read_unit
+from endor.loaders.reader import Destination, DirectMode, Moved, Reader, read_unit
 from endor.loaders.staging import StagingBuffer, StagingPool
 
-__all__ = ["MemoryReader"]
+__all__ = ["HeldUnits", "MemoryReader"]
+
+
+class HeldUnits:
+    """Units in one arena of host memory, each with its reads at their `Unit.op_offsets`.
+
+    All of them are there, or the constructor raises and nothing is. What is held stays what it was when it
+    was read, whatever becomes of the file. A context manager.
+
+    Args:
+        units: at least one.
+        reader: that reads them, once.
+        check: is called with the index and the memory of each when it has been read.
+        pin: see `StagingPool`.
+
+    Raises LoadError where a unit cannot be read, PlanError where there is not enough memory, and what `check`
+    raises.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        reader: Reader,
+        *,
+        check: Callable[[int, memoryview], None] | None = None,
+        pin: Callable[[torch.Tensor], Callable[[], None]] | None = None,
+    ) -> None:
+        self._held: dict[tuple[ReadOp, ...], torch.Tensor] = {}
+        self._pool = StagingPool(sum(unit.span_bytes for unit in units), pin=pin)
+        try:
+            for index, unit in enumerate(units):
+                buffer = self._pool.allocate(unit.span_bytes)
+                read_unit(reader, unit, buffer.memory)
+                if check is not None:
+                    check(index, buffer.memory)
+                self._held[unit.ops] = buffer.tensor(0, unit.span_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken."""
+        return self._pool.capacity_bytes
+
+    def find(self, unit: Unit) -> torch.Tensor | None:
+        """uint8 [unit.span_bytes], not to be written to; None for a unit that is not held."""
+        return self._held.get(unit.ops)
+
+    def close(self) -> None:
+        """Free the memory; whatever copies from it has to be over. Idempotent."""
+        self._held.clear()
+        self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Reads units ahead of use: while one is computed with, the next `depth` are on their way to staging memory.
+"""Brings units ahead of use: while one is computed with, the next `depth` are on their way to where they are
+used, which is staging memory or, for a device with memory of its own, a slot there.
 
 How it stays correct. The consumer's thread decides everything (which unit, which memory) under one lock; one
 background thread only submits reads, waits for them and runs the `on_read` hook. So a placement never depends
@@ -16,13 +17,16 @@ from collections import deque
 from dataclasses import dataclass, fields
 from time import perf_counter
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from endor.errors import LoadError, PlanError
+from endor.loaders.accelerator import Copied
 from endor.loaders.flight import Flight, FlightCrew, Hold, OnRead
+from endor.loaders.held import HeldUnits
 from endor.loaders.plan import LoadPlan, Unit
+from endor.loaders.pool import Pool
 from endor.loaders.reader import Moved, Reader, ReadReport, name_unit
 from endor.loaders.staging import StagingPool
 
@@ -78,15 +82,20 @@ class Lease:
         return self._flight.unit
 
     @property
+    def copied(self) -> Copied | None:
+        """The copy to the device that brought the unit; None where there is no such copy."""
+        return self._flight.buffer.copied
+
+    @property
     def memory(self) -> memoryview:
-        """All `unit.span_bytes` bytes; read `k` of the unit lies at `unit.op_offsets[k]`."""
+        """All `unit.span_bytes` bytes; read `k` of the unit lies at `unit.op_offsets[k]`. Of host memory."""
         self._check_live()
         if self._memory is None:
             self._memory = self._flight.buffer.memory[: self.unit.span_bytes]
         return self._memory
 
     def tensor(self, offset_bytes: int = 0, length_bytes: int | None = None) -> torch.Tensor:
-        """A uint8 view of a range of `memory`, without a copy."""
+        """A uint8 view of a range of the unit where it is used, without a copy."""
         self._check_live()
         length = self.unit.span_bytes - offset_bytes if length_bytes is None else length_bytes
         return self._flight.buffer.tensor(offset_bytes, length)
@@ -131,15 +140,24 @@ class Prefetcher:
 
     The reader stays its owner's to close. A pool that is passed in must be lent to nobody else, and is closed
     with the prefetcher, like the one made here (of `plan.ring_bytes`) when none is passed.
+
+    Args:
+        plan: what is acquired.
+        reader: of files.
+        pool: of the memory that units are used in; host memory by default.
+        on_read: see `OnRead`.
+        held: units that are in host memory and are not read; for pools of a device. Its owner's to close,
+            after the prefetcher.
     """
 
     def __init__(
         self,
         plan: LoadPlan,
         reader: Reader,
-        pool: StagingPool | None = None,
+        pool: Pool[Any] | None = None,
         *,
         on_read: OnRead | None = None,
+        held: HeldUnits | None = None,
     ) -> None:
         if pool is not None and pool.capacity_bytes < plan.largest_unit_bytes:
             largest = max(plan.units, key=lambda unit: unit.span_bytes)
@@ -148,7 +166,8 @@ class Prefetcher:
                 f" {pool.capacity_bytes}; {plan.ring_bytes} are needed for prefetch depth {plan.depth}"
             )
         self.plan = plan
-        self._pool = StagingPool(plan.ring_bytes) if pool is None else pool
+        self._pool: Pool[Any] = StagingPool(plan.ring_bytes) if pool is None else pool
+        self._held_units = held
         self._lock = threading.Lock()
         self._ahead: deque[Flight] = deque()
         self._held: list[Flight] = []
@@ -177,6 +196,7 @@ class Prefetcher:
             flight.done.wait()
             if flight.error is not None:
                 raise name_unit(flight.error, flight.unit)
+            flight.buffer.arrive()
             self._account(lease, perf_counter() - began_s)
             return lease
         except BaseException:  # also Ctrl-C while waiting: nobody will ever hold this lease
@@ -275,7 +295,8 @@ class Prefetcher:
         buffer = self._pool.try_allocate(unit.span_bytes)
         if buffer is None:
             return None
-        flight = Flight(index, unit, buffer)
+        source = None if self._held_units is None else self._held_units.find(unit)
+        flight = Flight(index, unit, buffer, source)
         self._crew.launch(flight)
         self._next = (index + 1) % len(self.plan.units)
         return flight
@@ -320,6 +341,7 @@ class Prefetcher:
         self._crew.fence()  # also what was launched and not yet noted
         self._ahead.clear()
         self._held = [flight for flight in self._held if flight.is_leased]
+        self._pool.settle()  # the device may be at work for leases that are lost
         self._pool.reclaim(keep=[flight.buffer for flight in self._held])
 
     def _after_release(self) -> None:
