@@ -31,10 +31,15 @@ from endor.runtime.sliced import SlicedWeight
 from endor.runtime.slices import ExpertStacks, Table, open_rows
 from endor.runtime.streaming import WeightBlock
 
-__all__ = ["Parts", "find_parts", "kind_of", "matrix_of", "survey"]
+__all__ = ["ContextSizes", "Parts", "context_sizes", "find_parts", "kind_of", "matrix_of", "survey"]
 
 _TILE_BYTES = 16 << 20
 """Of a head, where no block says what is usual: requests of this size reach the disk's full speed."""
+_HIDDEN_TENSORS = 8
+"""As wide as the model: the residual, a norm in float32 and out of it, queries, keys, values, what attention
+gives."""
+_INNER_TENSORS = 3
+"""As wide as an MLP: gate, up, and their product."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,15 @@ class Parts:
     sizes: ModelSizes
 
 
-def survey(directory: str | os.PathLike[str], *, dtype: torch.dtype | None, matmul: str) -> Parts:
+def survey(
+    directory: str | os.PathLike[str], *, dtype: torch.dtype | None, matmul: str, own_memory: bool = False
+) -> Parts:
     """The parts of the model in `directory`, of which only headers and offsets are read.
+
+    Args:
+        directory: an Endor checkpoint.
+        dtype: to compute in; the model's own by default.
+        matmul: as for `find_parts`; so is `own_memory`.
 
     Raises LoadError and FormatError as `endor.load` does.
     """
@@ -64,10 +76,12 @@ def survey(directory: str | os.PathLike[str], *, dtype: torch.dtype | None, matm
         installed = install_weights(model, checkpoint, dense=install_unread)
         names = {n for entry in checkpoint.entries.values() for n in (entry.name, *entry.aliases)}
         check_complete(model, Path(directory), unread=names)
-        return find_parts(model, installed, checkpoint, matmul=matmul)
+        return find_parts(model, installed, checkpoint, matmul=matmul, own_memory=own_memory)
 
 
-def find_parts(model: Any, installed: Installed, checkpoint: Checkpoint, *, matmul: str) -> Parts:
+def find_parts(
+    model: Any, installed: Installed, checkpoint: Checkpoint, *, matmul: str, own_memory: bool = False
+) -> Parts:
     """What of `model` can be streamed; its checksums are still to be looked at.
 
     Args:
@@ -75,6 +89,7 @@ def find_parts(model: Any, installed: Installed, checkpoint: Checkpoint, *, matm
         installed: what its weights are.
         checkpoint: open.
         matmul: `auto` or `decode`, which need other scratch.
+        own_memory: for a device with its own memory, which decodes whole weights with either.
 
     Raises what reading offsets raises.
     """
@@ -82,11 +97,16 @@ def find_parts(model: Any, installed: Installed, checkpoint: Checkpoint, *, matm
     blocks = tuple(_with_tiles(checkpoint, block, tile_bytes) for block in installed.blocks)
     tables = tuple(_table(checkpoint, name, w, tile_bytes) for name, w in installed.tables.items())
     experts = tuple(_experts(checkpoint, installed.experts))
+    matmul = "decode" if own_memory else matmul
+    context = context_sizes(model.config.get_text_config(), model.dtype)
     sizes = ModelSizes(
         tuple(_block_size(block, matmul) for block in blocks),
         tuple(_table_size(table, matmul) for table in tables),
         tuple(_expert_size(stacks, _routed(model), matmul) for stacks in experts),
         dense_bytes(model),
+        context.cache_bytes_per_token,
+        context.activation_bytes_per_token,
+        context.logits_bytes,
     )
     return Parts(blocks, tables, experts, sizes)
 
@@ -136,6 +156,48 @@ def _routed(model: Any) -> int | None:
 
 
 # Sizes.
+
+
+@dataclass(frozen=True)
+class ContextSizes:
+    """What a model needs beyond its weights, by token of the context: fields of `ModelSizes`."""
+
+    cache_bytes_per_token: int
+    activation_bytes_per_token: int
+    logits_bytes: int
+
+
+def context_sizes(config: Any, dtype: torch.dtype) -> ContextSizes:
+    """From a transformers config; what it does not say counts as 0.
+
+    Every layer is taken to keep keys and values of the whole context: sliding windows and layers without
+    attention need less. Activations are an estimate: some tensors as wide as the model, some as wide as an
+    MLP, held at a time of a prompt; attention is taken to make no matrix of scores (torch's SDPA makes none).
+    """
+    hidden, vocabulary = _number(config, "hidden_size"), _number(config, "vocab_size")
+    inner = max(_number(config, name) for name in ("intermediate_size", "moe_intermediate_size"))
+    elements = _HIDDEN_TENSORS * hidden + _INNER_TENSORS * inner
+    return ContextSizes(
+        cache_bytes_per_token=_number(config, "num_hidden_layers")
+        * _key_value_elements(config)
+        * dtype.itemsize,
+        activation_bytes_per_token=elements * dtype.itemsize,
+        logits_bytes=vocabulary * torch.float32.itemsize,
+    )
+
+
+def _key_value_elements(config: Any) -> int:
+    """Of one token in one layer. Models with a low rank for both name the two dimensions of a head."""
+    heads = _number(config, "num_attention_heads")
+    usual = _number(config, "head_dim") or (_number(config, "hidden_size") // heads if heads else 0)
+    low_rank = _number(config, "qk_nope_head_dim") + _number(config, "qk_rope_head_dim")
+    per_head = (low_rank or usual) + (_number(config, "v_head_dim") or usual)
+    return (_number(config, "num_key_value_heads") or heads) * per_head
+
+
+def _number(config: Any, name: str) -> int:
+    found = getattr(config, name, None)
+    return found if isinstance(found, int) and found > 0 else 0
 
 
 def _block_size(block: WeightBlock, matmul: str) -> BlockSize:

@@ -1,0 +1,216 @@
+"""What goes where, and the memory that takes: a pure function of sizes and budgets.
+
+On a CPU weights are used in host memory, and what is streamed comes from disk into a ring there. A device
+with its own memory has its own ring, and three tiers: blocks on the device, blocks in (pinned) host memory
+that are copied for each token, blocks on disk that are read into pinned memory first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from endor.loaders.plan import ring_bytes_of, round_up
+from endor.loaders.staging import HUGE_PAGE_BYTES
+from endor.runtime.placement import Placement, plan_placement
+from endor.runtime.sizes import Budgets, ExpertSize, ModelSizes, Piece, TableSize
+
+__all__ = ["Decision", "Memory", "budget_used", "decide"]
+
+_SCRATCHES: Final = ("stored_bytes", "cast_bytes")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part, as the runtime takes them; `total` is the peak, without libraries.
+
+    Attributes:
+        ring: of what is streamed; of the host of a device, the bounce buffers that mirror the device's ring.
+        resident: blocks that stay.
+        experts: their slots.
+        scratch: of what is decoded at a time.
+        dense: parameters that are not compressed.
+        cache: keys and values of the context; counted where `decide` was told of one, on a device.
+        activations: of a prompt as long as that; the same.
+    """
+
+    ring: int
+    resident: int
+    experts: int
+    scratch: int
+    dense: int
+    cache: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        weights = self.ring + self.resident + self.experts + self.scratch + self.dense
+        return weights + self.cache + self.activations
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What goes where.
+
+    Attributes:
+        placement: of the blocks.
+        dense_tables: names of those that become dense parameters.
+        expert_slots: experts that are in memory at a time.
+        memory: what that takes where weights are used.
+        host_memory: what it takes of the host's, pinned, if that is a device with its own memory.
+    """
+
+    placement: Placement
+    dense_tables: frozenset[str]
+    expert_slots: int
+    memory: Memory
+    host_memory: Memory | None = None
+
+
+def decide(sizes: ModelSizes, budgets: Budgets, *, depth: int, context_tokens: int = 0) -> Decision:
+    """Share out the memory: blocks first, since every token needs all of each; then tables, then experts.
+
+    Args:
+        depth: units that are read ahead.
+        context_tokens: that a device has to have room for; a CPU's memory is not planned for them.
+
+    Raises PlanError for a budget that holds nothing and is not 0; the message says what would do.
+    """
+    own_memory = budgets.device_bytes is not None
+    here = budgets.host_bytes if budgets.device_bytes is None else budgets.device_bytes
+    every = range(len(sizes.blocks))
+    near = _choose(sizes, every, here, depth=depth)
+    left = here - sum(sizes.blocks[i].whole.nbytes for i in near)
+    rest = [i for i in every if i not in near]
+    far = _choose(sizes, rest, _for_rest(sizes, rest, budgets.host_bytes), depth=depth) if own_memory else ()
+    dense, left = _dense_tables(sizes.tables, left)
+    placement = Placement(
+        host=far if own_memory else near,
+        disk=tuple(i for i in rest if i not in far),
+        device=near if own_memory else (),
+    )
+    slots = _expert_slots(sizes.experts, left, depth=depth)
+    memory = _memory(sizes, placement, dense, slots, own_memory, depth=depth)
+    if not own_memory:
+        return Decision(placement, dense, slots, memory)
+    pinned = _pinned(sizes, placement, dense, memory)
+    cache = sizes.cache_bytes_per_token * context_tokens
+    activations = sizes.activation_bytes_per_token * context_tokens + sizes.logits_bytes
+    memory = replace(memory, cache=cache, activations=activations)
+    return Decision(placement, dense, slots, memory, pinned)
+
+
+def budget_used(sizes: ModelSizes, decision: Decision, budget: int) -> int:
+    """Of the budget for where weights are used, the bytes that the decision fills."""
+    near = decision.placement.host if decision.host_memory is None else decision.placement.device
+    used = sum(sizes.blocks[i].whole.nbytes for i in near)
+    used += sum(table.nbytes for table in sizes.tables if table.name in decision.dense_tables)
+    slot_bytes = _slot_bytes(sizes.experts)
+    slots = min(decision.expert_slots, (budget - used) // slot_bytes) if slot_bytes else 0
+    return used + slots * slot_bytes
+
+
+def _streamed(
+    sizes: ModelSizes, placement: Placement, dense: frozenset[str], *, own_memory: bool
+) -> Iterator[tuple[Piece, bool]]:
+    """What goes through the ring, in the order of use, and whether it is read from disk for that.
+
+    A head is read from disk in tiles; one that is in host memory is there whole, and is copied whole.
+    """
+    for i, block in enumerate(sizes.blocks):
+        if i in placement.disk:
+            yield from ((piece, True) for piece in block.streamed)
+        elif own_memory and i in placement.host:
+            yield block.whole, False
+    for table in sizes.tables:
+        if table.name not in dense:
+            yield from ((piece, True) for piece in table.tiles)
+
+
+def _for_rest(sizes: ModelSizes, rest: Sequence[int], budget: int) -> int:
+    """The host's budget; 0 where it would hold a block, but only one that is on the device."""
+    smallest = min((sizes.blocks[i].whole.nbytes for i in rest), default=0)
+    holds_one = any(block.whole.nbytes <= budget for block in sizes.blocks)
+    return 0 if holds_one and budget < smallest else budget
+
+
+def _choose(sizes: ModelSizes, among: Sequence[int], budget: int, *, depth: int) -> tuple[int, ...]:
+    blocks = [sizes.blocks[i] for i in among]
+    chosen = plan_placement(
+        [block.name for block in blocks],
+        [block.whole.nbytes for block in blocks],
+        host_bytes=budget,
+        pieces=[[piece.nbytes for piece in block.streamed] for block in blocks],
+        depth=depth,
+    ).host
+    return tuple(among[i] for i in chosen)
+
+
+def _dense_tables(tables: Iterable[TableSize], left: int) -> tuple[frozenset[str], int]:
+    """Those that fit, the smallest first, and the bytes that are left then."""
+    dense = set()
+    for table in sorted(tables, key=lambda table: (table.nbytes, table.name)):
+        if table.nbytes <= left:
+            dense.add(table.name)
+            left -= table.nbytes
+    return frozenset(dense), left
+
+
+def _expert_slots(experts: Sequence[ExpertSize], left: int, *, depth: int) -> int:
+    """As many as fit, up to all of them; one in use and those that are read ahead are there in any case."""
+    if not experts:
+        return 0
+    return max(2, depth + 1, min(sum(layer.count for layer in experts), left // _slot_bytes(experts)))
+
+
+def _slot_bytes(experts: Iterable[ExpertSize]) -> int:
+    return max((layer.expert.span_bytes for layer in experts), default=0)
+
+
+def _memory(
+    sizes: ModelSizes,
+    placement: Placement,
+    dense: frozenset[str],
+    slots: int,
+    own_memory: bool,
+    *,
+    depth: int,
+) -> Memory:
+    """Where weights are used, without what a context needs."""
+    near = [sizes.blocks[i].whole for i in (placement.device if own_memory else placement.host)]
+    streamed = [piece for piece, _ in _streamed(sizes, placement, dense, own_memory=own_memory)]
+    decoded = [*near, *streamed, *(layer.expert for layer in sizes.experts)]
+    return Memory(
+        ring=_ring(streamed, depth=depth),
+        resident=_arena(sum(piece.span_bytes for piece in near)),
+        experts=_arena(slots * _slot_bytes(sizes.experts)),
+        scratch=sum(_arena(max((getattr(p, use) for p in decoded), default=0)) for use in _SCRATCHES),
+        dense=sizes.dense_bytes + sum(table.dense_bytes for table in sizes.tables if table.name in dense),
+    )
+
+
+def _pinned(sizes: ModelSizes, placement: Placement, dense: frozenset[str], device: Memory) -> Memory:
+    """The host's: blocks that stay there, and a bounce buffer for all that comes from disk to the device.
+
+    The bounce ring mirrors the device's, so that a unit has the same place in both; with nothing read from
+    disk there is none. Every expert comes from disk once, and has a bounce buffer beside its slot.
+    """
+    bounced = any(from_disk for _, from_disk in _streamed(sizes, placement, dense, own_memory=True))
+    return Memory(
+        ring=device.ring if bounced else 0,
+        resident=_arena(sum(sizes.blocks[i].whole.span_bytes for i in placement.host)),
+        experts=device.experts,
+        scratch=0,
+        dense=0,
+    )
+
+
+def _ring(streamed: Sequence[Piece], *, depth: int) -> int:
+    if not streamed:
+        return 0
+    return _arena(ring_bytes_of([piece.span_bytes for piece in streamed], min(depth, len(streamed))))
+
+
+def _arena(nbytes: int) -> int:
+    return round_up(nbytes, HUGE_PAGE_BYTES)
