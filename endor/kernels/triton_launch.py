@@ -17,11 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from endor.errors import FormatError, KernelError
-from endor.formats.codecs.exponent import LOW_BITS, levels_of
 from endor.formats.packed import PackedTensor, TensorLayout
 from endor.kernels.native_backend import RULES
 from endor.kernels.triton_kernels import elements as te
 from endor.kernels.triton_kernels.decode import FIELDS, decode_group_kernel, decode_kernel
+from endor.kernels.triton_operand import (
+    OPTIONS,
+    Launch,
+    Sections,
+    operand_of,
+    tile_lanes,
+    tile_options,
+)
 
 __all__ = [
     "MAX_BLOCK_ELEMENTS",
@@ -42,16 +49,8 @@ __all__ = [
 MAX_BLOCK_ELEMENTS = 1 << 26
 """A row block with more elements is left to the reference backend: positions in one are 32-bit numbers, and
 only a matrix with rows of this many columns has such blocks."""
-OPTIONS = {"enable_fp_fusion": True}
-"""For the compiler; Triton warns of launches that leave open whether products and sums may be fused."""
-LANES_PER_WARP = 16
-"""A lane is 32 columns: each thread then has 16 elements of a tile. With 32, on sm_90, raw takes 80 registers
-instead of 64 and exponent 128 instead of 88: fewer programs fit on a multiprocessor."""
-_CODECS = {"raw": te.RAW, "exponent": te.EXPONENT, "int8": te.INT8, "int4": te.INT4}
-_KINDS = {torch.bfloat16: te.BFLOAT16, torch.float16: te.FLOAT16, torch.float32: te.FLOAT32}
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_NOWHERE_ELSE = nullcontext()
 _TRITON = {torch.uint8: tl.uint8, torch.int16: tl.int16, torch.int32: tl.int32, torch.int64: tl.int64}
-_VALUES = {"raw": "values", "exponent": "sign_mantissa", "int8": "codes", "int4": "codes"}
 
 
 def new_status(device: torch.device, entries: int = 1) -> Tensor:
@@ -67,121 +66,28 @@ def raise_for(status: Tensor, names: Sequence[str] = ()) -> None:
             raise FormatError(f"{name}row block {code // 4}: {RULES[code % 4]}")
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a layout is decoded: the constants its kernel is compiled for."""
-
-    layout: TensorLayout
-
-    @cached_property
-    def constants(self) -> dict[str, Any]:
-        """Compile-time arguments, as plain numbers, that all layouts decoded in one launch share."""
-        layout = self.layout
-        levels = levels_of(layout.values) if layout.codec == "exponent" else None
-        return {
-            "MASKED": layout.mask == "bitmap",
-            "CODEC": _CODECS[layout.codec].value,
-            "PAIRS": levels.pairs if levels else 0,
-            "SINGLES": levels.singles if levels else 0,
-            "KIND": _KINDS.get(layout.dtype, te.BITS).value,
-        }
-
-    @cached_property
-    def block_lanes(self) -> int:
-        """Lanes of a row block that has all its rows."""
-        g = self.layout.geometry
-        return min(g.row_block, g.rows) * g.words_per_row * 2
-
-    @property
-    def element(self) -> torch.dtype:
-        """The integer type that kernels take the elements for."""
-        return _INTEGERS[self.layout.dtype.itemsize]
-
-
-def tile_lanes(block_lanes: int) -> int:
-    """Lanes of a tile: up to 128, which are eight warps, but few of them idle in a row block's last tile."""
-    sizes = [128, 64, 32]
-    return min(sizes, key=lambda lanes: (_padded(block_lanes, lanes) > 1.13 * block_lanes, -lanes))
-
-
-def _padded(lanes: int, tile: int) -> int:
-    return -(-lanes // tile) * tile
-
-
-def tile_options(lanes: int) -> dict[str, Any]:
-    """Arguments that every launch with tiles of so many lanes takes."""
-    return {"T": lanes, "num_warps": max(lanes // LANES_PER_WARP, 1), **OPTIONS}
-
-
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launches inside go to the device of `tensor`; Triton takes the current one, whatever it is given."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOWHERE_ELSE
+    return torch.cuda.device(device)
 
 
 def launch_decode(
     packed: PackedTensor, start_block: int, stop_block: int, out: Tensor, status: Tensor
 ) -> None:
     """Start decoding row blocks [start_block, stop_block) to `out`; int64 `status` gets what is wrong."""
-    launch, layout = Launch(packed.layout), packed.layout
-    g, at = layout.geometry, Sections(packed)
-    lanes = tile_lanes(launch.block_lanes)
+    operand = operand_of(packed)
     with on_device(out):
         decode_kernel[(stop_block - start_block,)](
-            at.bitmap,
-            at.row_offsets,
-            at.values,
-            at.exponent_offsets,
-            at.exponents,
-            at.extra,
-            at.codebook,
-            out.view(launch.element),
+            *operand.sections,
+            out.view(operand.element),
             status,
-            g.rows,
-            g.cols,
-            g.row_block,
-            layout.nnz,
-            layout.params.get("exponent_bytes", 0),
-            layout.params.get("group_columns", 1),
+            *operand.sizes,
             start_block,
-            **launch.constants,
-            **tile_options(lanes),
+            **operand.decode_options,
         )
-
-
-class Sections:
-    """The sections of a packed tensor as kernels take them; None for those that the codec does not have."""
-
-    def __init__(self, packed: PackedTensor) -> None:
-        sections, layout = packed.sections, packed.layout
-        half = bool(LOW_BITS.get(layout.dtype))
-        extra = "scales" if "scales" in sections else "mantissa_low" if half else ""
-        self.bitmap = _aligned(sections.get("bitmap"), 4)
-        self.row_offsets = _aligned(sections.get("row_offsets"), 8)
-        values = _aligned(sections[_VALUES[layout.codec]], 4)
-        self.values = values.view(_INTEGERS[values.dtype.itemsize]) if layout.codec == "raw" else values
-        self.exponent_offsets = _aligned(sections.get("exponent_offsets"), 8)
-        self.exponents = _aligned(sections.get("exponents"), 4)
-        scales = _aligned(sections.get(extra), 2)
-        self.extra = scales.view(torch.int16) if extra == "scales" else scales
-        self.codebook = sections.get("codebook")
-
-    @property
-    def all(self) -> tuple[Tensor | None, ...]:
-        """In the order of FIELDS from `bitmap` on."""
-        return (
-            self.bitmap,
-            self.row_offsets,
-            self.values,
-            self.exponent_offsets,
-            self.exponents,
-            self.extra,
-            self.codebook,
-        )
-
-
-def _aligned(section: Any, alignment_bytes: int) -> Any:
-    """`section`, or a copy where it starts in the middle of a word (a view of foreign memory can)."""
-    return section if section is None or section.data_ptr() % alignment_bytes == 0 else section.clone()
 
 
 class DecodeGroup:

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-FILES = ("decode", "group", "hostile", "matmul")
+FILES = ("decode", "group", "hostile", "matmul", "tuning")
 
 
 @pytest.mark.parametrize("name", FILES)

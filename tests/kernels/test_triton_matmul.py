@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +32,16 @@ KINDS = [
     ("int4", "bitmap", "f16"),
     ("int4", "dense", "bf16"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    from endor.kernels import triton_matmul, triton_tuning
+
+    monkeypatch.setattr(triton_matmul, "_choices", triton_tuning.Choices(tmp_path / "tiles.json"))
+    triton_matmul.set_tuning(allowed=False)
+    yield
+    triton_matmul.set_tuning(allowed=True)
 
 
 def pack(weight: Tensor, codec: str = "raw", mask: str = "bitmap") -> PackedTensor:
@@ -161,7 +174,6 @@ def test_bias_that_does_not_fit_is_refused() -> None:
 def test_the_tile_that_was_found_fastest_is_used_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from endor.kernels import triton_matmul
 
-    monkeypatch.setattr(triton_matmul, "_chosen", {})
     packed = on_device(pack(small_integers((3, 300), torch.bfloat16)))
     times = iter([3.0, 1.0, 2.0, 4.0])
 
