@@ -13,7 +13,7 @@ from typing import Final
 
 from endor.loaders.plan import ring_bytes_of, round_up
 from endor.loaders.staging import HUGE_PAGE_BYTES
-from endor.runtime.placement import Placement, plan_placement
+from endor.runtime.placement import Placement, plan_placement, plan_tiers
 from endor.runtime.sizes import Budgets, ExpertSize, ModelSizes, Piece, TableSize
 
 __all__ = ["Decision", "Memory", "budget_used", "decide"]
@@ -79,17 +79,10 @@ def decide(sizes: ModelSizes, budgets: Budgets, *, depth: int, context_tokens: i
     """
     own_memory = budgets.device_bytes is not None
     here = budgets.host_bytes if budgets.device_bytes is None else budgets.device_bytes
-    every = range(len(sizes.blocks))
-    near = _choose(sizes, every, here, depth=depth)
+    placement = _placed(sizes, budgets, depth=depth)
+    near = placement.device if own_memory else placement.host
     left = here - sum(sizes.blocks[i].whole.nbytes for i in near)
-    rest = [i for i in every if i not in near]
-    far = _choose(sizes, rest, _for_rest(sizes, rest, budgets.host_bytes), depth=depth) if own_memory else ()
     dense, left = _dense_tables(sizes.tables, left)
-    placement = Placement(
-        host=far if own_memory else near,
-        disk=tuple(i for i in rest if i not in far),
-        device=near if own_memory else (),
-    )
     slots = _expert_slots(sizes.experts, left, depth=depth)
     memory = _memory(sizes, placement, dense, slots, own_memory, depth=depth)
     if not own_memory:
@@ -128,23 +121,15 @@ def _streamed(
             yield from ((piece, True) for piece in table.tiles)
 
 
-def _for_rest(sizes: ModelSizes, rest: Sequence[int], budget: int) -> int:
-    """The host's budget; 0 where it would hold a block, but only one that is on the device."""
-    smallest = min((sizes.blocks[i].whole.nbytes for i in rest), default=0)
-    holds_one = any(block.whole.nbytes <= budget for block in sizes.blocks)
-    return 0 if holds_one and budget < smallest else budget
-
-
-def _choose(sizes: ModelSizes, among: Sequence[int], budget: int, *, depth: int) -> tuple[int, ...]:
-    blocks = [sizes.blocks[i] for i in among]
-    chosen = plan_placement(
-        [block.name for block in blocks],
-        [block.whole.nbytes for block in blocks],
-        host_bytes=budget,
-        pieces=[[piece.nbytes for piece in block.streamed] for block in blocks],
-        depth=depth,
-    ).host
-    return tuple(among[i] for i in chosen)
+def _placed(sizes: ModelSizes, budgets: Budgets, *, depth: int) -> Placement:
+    names = [block.name for block in sizes.blocks]
+    nbytes = [block.whole.nbytes for block in sizes.blocks]
+    pieces = [[piece.nbytes for piece in block.streamed] for block in sizes.blocks]
+    host = budgets.host_bytes
+    if budgets.device_bytes is None:
+        return plan_placement(names, nbytes, host_bytes=host, pieces=pieces, depth=depth)
+    device = budgets.device_bytes
+    return plan_tiers(names, nbytes, device_bytes=device, host_bytes=host, pieces=pieces, depth=depth)
 
 
 def _dense_tables(tables: Iterable[TableSize], left: int) -> tuple[frozenset[str], int]:

@@ -10,12 +10,14 @@ from typing import Final
 from endor.errors import PlanError
 from endor.runtime.overlap import Step, overlap
 
-__all__ = ["Placement", "plan_placement", "spread"]
+__all__ = ["Placement", "plan_placement", "plan_tiers", "spread"]
 
 _OUTLIER: Final = 1.5
 """Times the usual block: such a one (a head) is tried resident first, and streamed first."""
 _PHASES: Final = (0.0, 0.25, 0.5, 0.75)
 _DISKS: Final = (0.75, 1.0, 1.5)
+_WORK_PER_COPY: Final = 0.1
+"""Of the same bytes on a device: its memory is some ten times as fast as the link."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,94 @@ def plan_placement(
     _check_budget(names, sizes, host_bytes)
     if sum(sizes) <= host_bytes:
         return Placement(tuple(range(len(sizes))), ())
-    candidates = dict.fromkeys(
-        _filled(chosen, sizes, host_bytes) for chosen in _candidates(sizes, host_bytes)
-    )
     pieces = [(size,) for size in sizes] if pieces is None else pieces
     # With the middle one a disk reads what the budget leaves in the time that the work on everything takes.
     slowness = [factor * sum(sizes) / (sum(sizes) - host_bytes) for factor in _DISKS]
-    host = min(candidates, key=lambda chosen: _passes_s(sizes, pieces, chosen, slowness, depth=depth))
+    host = min(_filling(sizes, host_bytes), key=lambda c: _passes_s(sizes, pieces, c, slowness, depth=depth))
     return Placement(host, tuple(i for i in range(len(sizes)) if i not in host))
+
+
+def plan_tiers(
+    names: Sequence[str],
+    sizes: Sequence[int],
+    *,
+    device_bytes: int,
+    host_bytes: int,
+    pieces: Sequence[Sequence[int]] | None = None,
+    depth: int = 2,
+) -> Placement:
+    """The same for a device with its own memory: blocks there, in host memory, and on disk.
+
+    The device's are chosen first, so that the link has no time to rest. Of the others those are read from
+    disk with which passes are shortest where the disk takes about as long as the link.
+
+    Args:
+        names: of the blocks, in execution order, for messages.
+        sizes: compressed bytes of each block.
+        device_bytes: budget for blocks that stay on the device.
+        host_bytes: budget for blocks that stay in host memory and are copied; one that holds no block which
+            the device leaves is as good as 0, if it holds any at all.
+        pieces: the sizes in which each block is read if it is on disk; by default in one.
+        depth: units that are read and copied ahead.
+
+    Raises:
+        PlanError: a budget is neither 0 nor enough for one block; the message says how much is.
+    """
+    if not sizes:
+        return Placement((), ())
+    _check_budget(names, sizes, host_bytes)
+    device = plan_placement(names, sizes, host_bytes=device_bytes, pieces=pieces, depth=depth).host
+    rest = [i for i in range(len(sizes)) if i not in device]
+    host = _host_tier(sizes, rest, host_bytes, pieces or [(size,) for size in sizes], depth=depth)
+    return Placement(host, tuple(i for i in rest if i not in host), device)
+
+
+def _host_tier(
+    sizes: Sequence[int],
+    rest: Sequence[int],
+    budget: int,
+    pieces: Sequence[Sequence[int]],
+    *,
+    depth: int,
+) -> tuple[int, ...]:
+    """Of the blocks that are not on the device, those that are in host memory."""
+    streamed = [sizes[i] for i in rest]
+    if sum(streamed) <= budget:
+        return tuple(rest)
+    candidates = [tuple(rest[n] for n in chosen) for chosen in _filling(streamed, budget)]
+    return min(candidates, key=lambda host: _tier_passes_s(sizes, rest, host, pieces, depth=depth))
+
+
+def _tier_passes_s(
+    sizes: Sequence[int],
+    rest: Sequence[int],
+    host: Sequence[int],
+    pieces: Sequence[Sequence[int]],
+    *,
+    depth: int,
+) -> float:
+    """Of a pass with each disk, if the link takes a second."""
+    streamed, resident = {*rest}, {*host}
+    copied = sum(sizes[i] for i in rest)
+    read = copied - sum(sizes[i] for i in host)
+    passes_s = 0.0
+    for factor in _DISKS:
+        steps = [
+            Step(
+                work_s=_WORK_PER_COPY * piece / copied,
+                read_s=factor * piece / read if i in streamed and i not in resident else 0.0,
+                copy_s=piece / copied if i in streamed else 0.0,
+            )
+            for i, size in enumerate(sizes)
+            for piece in (pieces[i] if i in streamed and i not in resident else (size,))
+        ]
+        passes_s += overlap(steps, depth=depth).pass_s
+    return round(passes_s, 9)
+
+
+def _filling(sizes: Sequence[int], budget: int) -> dict[tuple[int, ...], None]:
+    """Sets of blocks that fill the budget, each once, in the order of preference where they are as good."""
+    return dict.fromkeys(_filled(chosen, sizes, budget) for chosen in _candidates(sizes, budget))
 
 
 def _check_budget(names: Sequence[str], sizes: Sequence[int], budget: int) -> None:
