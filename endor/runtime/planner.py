@@ -7,12 +7,13 @@ takes bandwidths as well. Nothing here reads a file or looks at the machine.
 from __future__ import annotations
 
 from endor.runtime.decision import Decision, Memory, decide
-from endor.runtime.prediction import USUAL, Overheads, Plan, Rates, Timing, Traffic, predict
+from endor.runtime.prediction import USUAL, USUAL_DEVICE, Overheads, Plan, Rates, Timing, Traffic, predict
 from endor.runtime.room import check_room, default_device_bytes
 from endor.runtime.sizes import BlockSize, Budgets, ExpertSize, ModelSizes, Piece, TableSize
 
 __all__ = [
     "USUAL",
+    "USUAL_DEVICE",
     "BlockSize",
     "Budgets",
     "Decision",

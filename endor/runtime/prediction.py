@@ -13,7 +13,7 @@ from endor.runtime.decision import Decision
 from endor.runtime.overlap import Step, overlap
 from endor.runtime.sizes import ExpertSize, ModelSizes, Piece
 
-__all__ = ["USUAL", "Overheads", "Plan", "Rates", "Timing", "Traffic", "predict"]
+__all__ = ["USUAL", "USUAL_DEVICE", "Overheads", "Plan", "Rates", "Timing", "Traffic", "predict"]
 
 _MOST_TOKENS: Final = 1 << 20
 
@@ -59,6 +59,18 @@ USUAL: Final = Overheads(
     slowdown=0.2,
 )
 """Measured on two cores of a Zen 5 server: docs/design/planner.md."""
+
+USUAL_DEVICE: Final = Overheads(
+    block_s=0.0003,
+    streamed_s=0.00005,
+    expert_s=0.0001,
+    expert_read_s=0.0003,
+    expert_disk_share=0.6,
+    token_s=0.0005,
+)
+"""Arithmetic for a GPU, not measured: a block is 40 to 60 operations, which a host launches in 5 to 7 us each,
+while bytes are copied; work is not slowed down by that, as a link takes a small share of a GPU's memory
+bandwidth. Short reads of experts are taken to be as on `USUAL`'s machine."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,8 @@ class Plan:
 
 def predict(sizes: ModelSizes, decision: Decision, rates: Rates, *, depth: int) -> Plan:
     """Bytes and seconds of one token, after a first one has filled the ring and warmed the experts."""
+    if decision.host_memory is None:
+        rates = replace(rates, copy_bytes_per_s=float("inf"))  # weights are used where they are read to
     experts = [_expert_time(layer, hits, rates, depth=depth) for layer, hits in _hits(sizes, decision)]
     steps = [*_steps(sizes, decision, rates), Step(work_s=rates.overheads.token_s)]
     read_s = sum(step.read_s for step in steps) + sum(e.read_s for e in experts)
@@ -208,19 +222,24 @@ def _seen(layer: ExpertSize, tokens: float) -> float:
 def _expert_time(layer: ExpertSize, hits: float, rates: Rates, *, depth: int) -> Timing:
     """Of one layer's experts, which are asked for when the router has chosen.
 
-    If the first is missing its read hides behind nothing; that of any other one hides behind the products
-    since the one that was missing before it.
+    If the first is missing, nothing hides its read, nor its copy to a device; that of any other one hides
+    behind the products since the one that was missing before it, and its copy behind the next one's read.
     """
     extra, missed = rates.overheads, 1.0 - hits
     missing = layer.routed * missed
     read_s = layer.expert.nbytes / (rates.disk_bytes_per_s * extra.expert_disk_share)
+    copy_s = layer.expert.nbytes / rates.copy_bytes_per_s
     product_s = rates.work_s(layer.expert.nbytes, layer.expert.kinds) + extra.expert_s
-    hidden_s = (missing - missed) * min(read_s, product_s / missed) if depth and missed else 0.0
+    exposed_s = missing * (read_s + copy_s)
+    if depth and missed:
+        slower_s = max(read_s, copy_s)
+        late_s = slower_s - min(slower_s, product_s / missed)
+        exposed_s = missed * (read_s + copy_s) + (missing - missed) * late_s
     return Timing(
         read_s=missing * read_s,
-        copy_s=missing * layer.expert.nbytes / rates.copy_bytes_per_s,
+        copy_s=missing * copy_s,
         work_s=layer.routed * product_s + missing * extra.expert_read_s,
-        exposed_s=missing * read_s - hidden_s,
+        exposed_s=exposed_s,
     )
 
 
