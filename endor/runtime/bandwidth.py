@@ -15,16 +15,33 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
 
-from endor.errors import LoadError
-from endor.loaders import PosixReader, ReadOp, ReadReport, StagingPool, Ticket, drop_from_page_cache
+import torch
 
-__all__ = ["Bandwidth", "Bandwidths", "cached_bandwidths", "machine_bandwidths", "measure_bandwidths"]
+from endor.errors import LoadError
+from endor.loaders import (
+    Accelerator,
+    PosixReader,
+    ReadOp,
+    ReadReport,
+    StagingPool,
+    Ticket,
+    drop_from_page_cache,
+)
+
+__all__ = [
+    "Bandwidth",
+    "Bandwidths",
+    "cached_bandwidths",
+    "machine_bandwidths",
+    "measure_bandwidths",
+    "measure_device",
+]
 
 _CACHE_VERSION: Final = 1
 _MIB: Final = 1 << 20
@@ -34,6 +51,9 @@ _SMALLEST_FILE_BYTES: Final = 32 * _MIB
 _OWN_FILE_BYTES: Final = 256 * _MIB
 _DISK_S: Final = 1.0
 _MEMORY_S: Final = 0.1
+_LEAST_COPIES: Final = 3
+_SHORTEST_S: Final = 1e-6
+"""What an event of a device tells apart; so many bytes take longer than that anywhere."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +62,8 @@ class Bandwidth:
 
     bytes_per_s: float
     path: str
-    """`direct` (around the page cache) or `buffered` for a disk, `copy` for memory."""
+    """`direct` (around the page cache) or `buffered` for a disk, `copy` for memory, `pinned copy` for a
+    link."""
     measured: str
     """Time in UTC, ISO 8601."""
 
@@ -53,35 +74,85 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Bandwidths:
-    """The links that blocks cross."""
+    """The links that blocks cross.
+
+    Attributes:
+        disk: reading.
+        memory: copying in host memory; bytes count once, though they are read and written.
+        link: from pinned host memory to a device with its own; None without one.
+        device: copying within that, counted as for `memory`.
+    """
 
     disk: Bandwidth
     memory: Bandwidth
+    link: Bandwidth | None = None
+    device: Bandwidth | None = None
 
 
-def machine_bandwidths(where: Path, *, measure: bool = False, cache: Path | None = None) -> Bandwidths:
+def machine_bandwidths(
+    where: Path,
+    *,
+    measure: bool = False,
+    cache: Path | None = None,
+    accelerator: Accelerator | None = None,
+) -> Bandwidths:
     """The links of this machine and of the disk that holds `where`: remembered, or measured now.
 
     Args:
         where: a file or folder on the disk in question.
         measure: measure even if there is a remembered result.
         cache: the file that results are kept in; one in the user's cache folder by default.
+        accelerator: of a device with its own memory, to which the link is measured as well.
 
     Raises:
         LoadError: there is no such file or folder, or nothing on it can be read.
+        PlanError: the device has no memory for that, or none can be pinned; disk and memory are remembered.
     """
     cache = _cache_file() if cache is None else cache
-    known = None if measure else cached_bandwidths(where, cache=cache)
-    if known is not None:
-        return known
-    found = measure_bandwidths(where)
-    _remember(cache, _disk_of(where), found)
-    return found
+    known = None if measure else cached_bandwidths(where, cache=cache, accelerator=accelerator)
+    if known is None:
+        known = measure_bandwidths(where)
+        _remember(cache, _disk_of(where), known)
+    if accelerator is not None and known.link is None:
+        link, device = measure_device(accelerator)
+        known = replace(known, link=link, device=device)
+        _remember(cache, _disk_of(where), known, _device_of(accelerator))
+    return known
 
 
 def measure_bandwidths(where: Path) -> Bandwidths:
     """Measure now: reading one file in order as the posix reader does, and copying memory."""
     return Bandwidths(disk=_measure_disk(where), memory=_measure_memory())
+
+
+def measure_device(accelerator: Accelerator) -> tuple[Bandwidth, Bandwidth]:
+    """Measure the link to a device, and copying within it, in the order of copies that blocks go through.
+
+    Raises PlanError where the device has no memory for that, or none of the host's can be pinned.
+    """
+    with StagingPool(_COPIED_BYTES) as pool:
+        source = pool.allocate(_COPIED_BYTES).tensor()
+        unpin = accelerator.pin(source)
+        try:
+            target, other = (accelerator.empty(_COPIED_BYTES) for _ in range(2))
+            link = _measure_copies(accelerator, target, source, "pinned copy")
+            return link, _measure_copies(accelerator, other, target, "copy")
+        finally:
+            accelerator.settle()
+            unpin()
+
+
+def _measure_copies(
+    accelerator: Accelerator, target: torch.Tensor, source: torch.Tensor, path: str
+) -> Bandwidth:
+    """The fastest of some copies, by the device's clock."""
+    taken_s: list[float] = []
+    ends_s = perf_counter() + _MEMORY_S
+    while len(taken_s) < _LEAST_COPIES or perf_counter() < ends_s:
+        copied = accelerator.copy([(target, source)], after=[])
+        copied.ended.wait()
+        taken_s.append(copied.ended.seconds_since(copied.began))
+    return Bandwidth(_COPIED_BYTES / max(min(taken_s), _SHORTEST_S), path, _now())
 
 
 def _measure_disk(where: Path) -> Bandwidth:
@@ -161,17 +232,32 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-# What is remembered: {"version": 1, "machines": {fingerprint: {"memory": ..., "disks": {device: ...}}}}.
+# What is remembered, by fingerprint of the machine, number of the disk and name of the GPU:
+# {"version": 1, "machines": {...: {"memory": ..., "disks": {...: ...}, "gpus": {...: {"link": ...,
+# "device": ...}}}}}.
+# "gpus" came later: a file without it is read, and kept by versions that do not know it.
 
 
-def cached_bandwidths(where: Path, *, cache: Path | None = None) -> Bandwidths | None:
-    """What was measured before on this machine and the disk of `where`; None if nothing was."""
+def cached_bandwidths(
+    where: Path, *, cache: Path | None = None, accelerator: Accelerator | None = None
+) -> Bandwidths | None:
+    """What was measured before on this machine and the disk of `where`; None if nothing was.
+
+    With an `accelerator`, `link` and `device` are those of its device, or None if that was not measured.
+    """
     machine = _remembered(_cache_file() if cache is None else cache).get(_machine(), {})
     try:
         disk = machine["disks"][_disk_of(where)]
-        return Bandwidths(disk=Bandwidth(**disk), memory=Bandwidth(**machine["memory"]))
+        found = Bandwidths(disk=Bandwidth(**disk), memory=Bandwidth(**machine["memory"]))
     except (KeyError, TypeError, ValueError):  # nothing, or not what we wrote: measure again
         return None
+    if accelerator is None:
+        return found
+    try:
+        gpu = machine["gpus"][_device_of(accelerator)]
+        return replace(found, link=Bandwidth(**gpu["link"]), device=Bandwidth(**gpu["device"]))
+    except (KeyError, TypeError, ValueError):
+        return found
 
 
 def _remembered(cache: Path) -> dict[str, Any]:
@@ -185,12 +271,14 @@ def _remembered(cache: Path) -> dict[str, Any]:
     return machines if isinstance(machines, dict) else {}
 
 
-def _remember(cache: Path, disk: str, found: Bandwidths) -> None:
+def _remember(cache: Path, disk: str, found: Bandwidths, gpu: str | None = None) -> None:
     """Add a result, by replacing the file as a whole; without a place to keep it, it is measured again."""
     machines = _remembered(cache)
     machine = machines.setdefault(_machine(), {})
     machine["memory"] = asdict(found.memory)
     machine.setdefault("disks", {})[disk] = asdict(found.disk)
+    if gpu is not None and found.link and found.device:
+        machine.setdefault("gpus", {})[gpu] = {"link": asdict(found.link), "device": asdict(found.device)}
     text = json.dumps({"version": _CACHE_VERSION, "machines": machines}, indent=1)
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -224,3 +312,8 @@ def _disk_of(where: Path) -> str:
     except OSError as error:
         raise LoadError(f"{where}: {error.strerror}", errno=error.errno) from error
     return f"{os.major(device)}:{os.minor(device)}"
+
+
+def _device_of(accelerator: Accelerator) -> str:
+    """A model's name and its place: the same GPU in another slot may have another link."""
+    return f"{accelerator.name} as {accelerator.device}"

@@ -68,7 +68,7 @@ USUAL_DEVICE: Final = Overheads(
     expert_disk_share=0.6,
     token_s=0.0005,
 )
-"""Arithmetic for a GPU, not measured: a block is 40 to 60 operations, which a host launches in 5 to 7 us each,
+"""Arithmetic for a GPU, not measured: a block is 40 to 60 operations, launched by a host in 5 to 7 us each,
 while bytes are copied; work is not slowed down by that, as a link takes a small share of a GPU's memory
 bandwidth. Short reads of experts are taken to be as on `USUAL`'s machine."""
 

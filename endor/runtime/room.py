@@ -32,13 +32,13 @@ def device_margin(free_bytes: int) -> int:
 def default_device_bytes(sizes: ModelSizes, *, depth: int, context_tokens: int, free_bytes: int) -> int:
     """The largest budget for weights on a device with which everything that has to be there fits.
 
-    That is ring, scratch, dense parameters, keys and values of the context, activations and a margin. It
-    fits whatever the host's budget is.
+    That is ring, scratch, embeddings, keys and values of the context, activations and a margin. It fits
+    whatever the host's budget is.
 
     Args:
         depth: units that are read ahead.
         context_tokens: to have room for.
-        free_bytes: on the device, before anything of the model is there.
+        free_bytes: on the device, once what is dense in any case is there.
 
     Raises PlanError if not even 0 fits: what is needed at least, and which depth or context would do.
     """
@@ -51,7 +51,7 @@ def default_device_bytes(sizes: ModelSizes, *, depth: int, context_tokens: int, 
         )
         return max(found, key=lambda decision: decision.memory.total)
 
-    room = free_bytes - device_margin(free_bytes)
+    room = free_bytes - device_margin(free_bytes) + sizes.dense_bytes
     fits = _fitting(
         sizes,
         _everything(sizes),
@@ -62,7 +62,7 @@ def default_device_bytes(sizes: ModelSizes, *, depth: int, context_tokens: int, 
     if fits is None:
         memory = decided(0).memory
         raise PlanError(
-            f"{_device_text(memory, context_tokens, free_bytes)}; "
+            f"{_device_text(sizes, memory, context_tokens, free_bytes)}; "
             f"{_device_advice(sizes, depth=depth, context_tokens=context_tokens, free_bytes=free_bytes)}"
         )
     return fits
@@ -83,7 +83,7 @@ def check_room(
         depth: units that are read ahead.
         free_bytes: in host memory, once what is dense in any case is there; None if nobody knows.
         context_tokens: that a device has to have room for.
-        device_free_bytes: on the device, before anything of the model is there; None if nobody knows.
+        device_free_bytes: the same on the device.
 
     Raises PlanError, which names the parts, and says which budget would fit or what is needed at least.
     """
@@ -136,7 +136,7 @@ def _check_device(
     free_bytes: int,
 ) -> None:
     """The device's own memory, with the margin."""
-    room = free_bytes - device_margin(free_bytes)
+    room = free_bytes - device_margin(free_bytes) + sizes.dense_bytes
     if decision.memory.total <= room:
         return
     fits = _fitting(
@@ -151,7 +151,7 @@ def _check_device(
         if fits is None
         else f"device_memory={fits} would fit; a shorter context_length or a smaller depth leaves more room"
     )
-    raise PlanError(f"{_device_text(decision.memory, context_tokens, free_bytes)}; {advice}")
+    raise PlanError(f"{_device_text(sizes, decision.memory, context_tokens, free_bytes)}; {advice}")
 
 
 def _check_pinned(
@@ -188,23 +188,24 @@ def _host_total(decision: Decision) -> int:
     return decision.host_memory.total if decision.host_memory else 0
 
 
-def _device_text(memory: Memory, context_tokens: int, free_bytes: int) -> str:
+def _device_text(sizes: ModelSizes, memory: Memory, context_tokens: int, free_bytes: int) -> str:
     """What is needed and free, by part."""
     margin = device_margin(free_bytes)
+    needed = memory.total - sizes.dense_bytes + margin
     return (
-        f"{memory.total + margin} bytes of device memory are needed, {free_bytes} are free: ring "
-        f"{memory.ring}, resident {memory.resident}, experts {memory.experts}, scratch {memory.scratch}, "
-        f"dense {memory.dense}, cache {memory.cache} and activations {memory.activations} for "
+        f"{needed} bytes of device memory are needed, {free_bytes} are free: ring {memory.ring}, resident "
+        f"{memory.resident}, experts {memory.experts}, scratch {memory.scratch}, embeddings "
+        f"{memory.dense - sizes.dense_bytes}, cache {memory.cache} and activations {memory.activations} for "
         f"{context_tokens} tokens, margin {margin}"
     )
 
 
 def _device_advice(sizes: ModelSizes, *, depth: int, context_tokens: int, free_bytes: int) -> str:
     """With no weights resident: what would fit, or what is needed at least."""
-    margin = device_margin(free_bytes)
+    beside = device_margin(free_bytes) - sizes.dense_bytes
 
     def needed(depth: int, tokens: int) -> int:
-        return decide(sizes, Budgets(0, 0), depth=depth, context_tokens=tokens).memory.total + margin
+        return decide(sizes, Budgets(0, 0), depth=depth, context_tokens=tokens).memory.total + beside
 
     def longest(depth: int) -> int:
         """Context that fits at most, up to the one asked for."""

@@ -1,15 +1,20 @@
-"""Bandwidths are measured once per machine and disk, remembered, and measured again where memory fails."""
+"""Bandwidths are measured once per machine, disk and GPU, remembered, and measured again where memory
+fails."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from endor.errors import LoadError
-from endor.loaders import PosixReader, ReadOp, Ticket
+from endor.errors import LoadError, PlanError
+from endor.loaders import BlockingAccelerator, Copied, Event, PosixReader, ReadOp, Ticket
 from endor.runtime import bandwidth
 from endor.runtime.bandwidth import (
     Bandwidth,
@@ -17,6 +22,7 @@ from endor.runtime.bandwidth import (
     cached_bandwidths,
     machine_bandwidths,
     measure_bandwidths,
+    measure_device,
 )
 
 MIB = 1 << 20
@@ -166,3 +172,133 @@ def test_folder_that_is_not_there_is_named(tmp_path: Path, cache: Path) -> None:
 def test_folder_that_may_not_be_written_says_what_to_name_instead() -> None:
     with pytest.raises(LoadError, match=r"/proc/self/fdinfo: no file .* name a large file"):
         measure_bandwidths(Path("/proc/self/fdinfo"))
+
+
+# A device with its own memory.
+
+
+class Device(BlockingAccelerator):
+    """Host memory that is called a device's, with copies that take as long as somebody says."""
+
+    name = "a card"
+
+    def __init__(self, *, link: float = 20e9, within: float = 400e9) -> None:
+        super().__init__(torch.device("cpu"))
+        self.rates = (link, within)
+        self.pinned: list[int] = []
+        self.copies: list[tuple[int, bool]] = []
+
+    def pin(self, memory: torch.Tensor) -> Callable[[], None]:
+        self.pinned.append(memory.data_ptr())
+        return lambda: self.pinned.remove(memory.data_ptr())
+
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, after: Sequence[Event]) -> Copied:
+        ((target, source),) = pairs
+        from_host = source.data_ptr() in self.pinned
+        self.copies.append((target.numel(), from_host))
+        began = self.mark()
+        return Copied(began, Later(began, target.numel() / self.rates[0 if from_host else 1]))
+
+
+@dataclass(frozen=True)
+class Later:
+    """An event some time after another one."""
+
+    began: Event
+    seconds: float
+    is_done = True
+
+    def wait(self) -> None:
+        return
+
+    def seconds_since(self, earlier: Any) -> float:
+        assert earlier is self.began
+        return self.seconds
+
+
+def test_link_is_measured_from_pinned_memory_and_the_device_within_itself() -> None:
+    device = Device()
+    link, within = measure_device(device)
+    assert (link.bytes_per_s, link.path) == (pytest.approx(20e9), "pinned copy")
+    assert (within.bytes_per_s, within.path) == (pytest.approx(400e9), "copy")
+    assert {from_host for _, from_host in device.copies} == {True, False}
+    assert device.pinned == []  # and not pinned for ever
+
+
+def test_memory_is_given_back_where_nothing_can_be_copied() -> None:
+    class Broken(Device):
+        def empty(self, nbytes: int) -> torch.Tensor:
+            raise PlanError(f"{nbytes} bytes are too many")
+
+    device = Broken()
+    with pytest.raises(PlanError, match="are too many"):
+        measure_device(device)
+    assert device.pinned == []
+
+
+def test_copies_of_a_real_device_of_torch_have_a_rate() -> None:
+    link, within = measure_device(BlockingAccelerator(torch.device("cpu")))
+    assert 1e8 < link.bytes_per_s < 1e12
+    assert 1e8 < within.bytes_per_s < 1e12
+
+
+def test_link_is_remembered_by_device(tmp_path: Path, cache: Path, measurements: list[Path]) -> None:
+    device, faster = Device(), Device(link=50e9)
+    faster.name = "a faster card"
+    first = machine_bandwidths(tmp_path, cache=cache, accelerator=device)
+    assert first.link is not None
+    measured = len(device.copies)
+    assert machine_bandwidths(tmp_path, cache=cache, accelerator=device) == first
+    assert len(device.copies) == measured
+    other = machine_bandwidths(tmp_path, cache=cache, accelerator=faster).link
+    assert other is not None
+    assert other.bytes_per_s == pytest.approx(50e9)
+    assert cached_bandwidths(tmp_path, cache=cache, accelerator=device) == first
+    assert len(measurements) == 1  # the disk is the same for both
+    machine_bandwidths(tmp_path, cache=cache, accelerator=device, measure=True)
+    assert (len(device.copies) > measured, len(measurements)) == (True, 2)
+
+
+def test_without_a_device_no_link_is_looked_at(tmp_path: Path, cache: Path, measurements: list[Path]) -> None:
+    machine_bandwidths(tmp_path, cache=cache, accelerator=Device())
+    found = machine_bandwidths(tmp_path, cache=cache)
+    assert (found.link, found.device, len(measurements)) == (None, None, 1)
+
+
+def test_cache_from_before_there_was_a_link_is_read_and_added_to(
+    tmp_path: Path, cache: Path, measurements: list[Path]
+) -> None:
+    old = machine_bandwidths(tmp_path, cache=cache)
+    assert "gpus" not in cache.read_text()
+    assert cached_bandwidths(tmp_path, cache=cache, accelerator=Device()) == old
+    found = machine_bandwidths(tmp_path, cache=cache, accelerator=Device())
+    assert (found.disk, found.memory, found.link is not None) == (old.disk, old.memory, True)
+    assert len(measurements) == 1
+    assert cached_bandwidths(tmp_path, cache=cache) == old
+
+
+def test_remembered_nonsense_of_a_link_is_measured_over(
+    tmp_path: Path, cache: Path, measurements: list[Path]
+) -> None:
+    device = Device()
+    machine_bandwidths(tmp_path, cache=cache, accelerator=device)
+    found = json.loads(cache.read_text())
+    for machine in found["machines"].values():
+        machine["gpus"] = {name: {"link": 3} for name in machine["gpus"]}
+    cache.write_text(json.dumps(found))
+    again = machine_bandwidths(tmp_path, cache=cache, accelerator=device).link
+    assert again is not None
+    assert len(measurements) == 1
+
+
+def test_disk_is_remembered_though_the_link_cannot_be_measured(
+    tmp_path: Path, cache: Path, measurements: list[Path]
+) -> None:
+    class Unpinnable(Device):
+        def pin(self, memory: torch.Tensor) -> Callable[[], None]:
+            raise PlanError(f"{memory.numel()} bytes cannot be pinned")
+
+    for _ in range(2):
+        with pytest.raises(PlanError, match="cannot be pinned"):
+            machine_bandwidths(tmp_path, cache=cache, accelerator=Unpinnable())
+    assert len(measurements) == 1

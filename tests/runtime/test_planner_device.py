@@ -122,7 +122,9 @@ def test_margin_is_a_share_of_a_large_device_and_never_less_than_a_small_one_nee
 
 
 def default(sizes: ModelSizes, free_mib: int, *, depth: int = 2, tokens: int = 0) -> int:
-    return default_device_bytes(sizes, depth=depth, context_tokens=tokens, free_bytes=MARGIN + free_mib * MIB)
+    """With so much free beside the margin, before the dense parameters are there."""
+    free_bytes = MARGIN + free_mib * MIB - sizes.dense_bytes
+    return default_device_bytes(sizes, depth=depth, context_tokens=tokens, free_bytes=free_bytes)
 
 
 @pytest.mark.parametrize(("free_mib", "resident"), [(37, 0), (46, 0), (47, 1), (57, 2), (86, 4), (87, 8)])
@@ -173,7 +175,7 @@ def test_default_fits_whatever_the_host_holds(
             depth=depth,
             free_bytes=None,
             context_tokens=tokens,
-            device_free_bytes=MARGIN + free_mib * MIB,
+            device_free_bytes=MARGIN + free_mib * MIB - sizes.dense_bytes,
         )
 
 
@@ -204,13 +206,13 @@ def test_device_too_small_says_what_is_needed_at_least_and_at_which_depth_or_con
     for part in (
         "ring 31457280",
         "scratch 4194304",
-        "dense 2097152",
+        "embeddings 0",
         f"cache {320 << 16}",
         f"margin {MARGIN}",
     ):
         assert part in message
     assert "for 320 tokens" in message
-    assert f"at least {MARGIN + 17 * MIB + (96 << 10)} bytes are needed" in message
+    assert f"at least {MARGIN + 15 * MIB + (96 << 10)} bytes are needed" in message
     assert "with device_memory=0, context_length=96 or depth=0 with context_length=309 would fit" in message
     assert default(EIGHT, 46, tokens=96) == 0
     assert default(EIGHT, 46, depth=0, tokens=309) == 0
@@ -242,7 +244,7 @@ def room(
         depth=depth,
         free_bytes=None if host_mib is None else host_mib * MIB,
         context_tokens=320,
-        device_free_bytes=None if device_mib is None else MARGIN + device_mib * MIB,
+        device_free_bytes=None if device_mib is None else MARGIN + device_mib * MIB - EIGHT.dense_bytes,
     )
 
 
