@@ -40,12 +40,7 @@ def timing(device: int, host: int, rates: Rates = GPU, *, depth: int = 2) -> Tim
 
 def test_everything_on_the_device_is_only_work() -> None:
     found = timing(40, 0)
-    assert (found.read_s, found.copy_s, found.exposed_s, found.bound) == (
-        0.0,
-        0.0,
-        pytest.approx(0.0),
-        "work",
-    )
+    assert (found.read_s, found.copy_s, found.bound) == (0.0, 0.0, "work")
     assert found.token_s == pytest.approx(4e9 / 400e9)
 
 
