@@ -70,16 +70,18 @@ class RowSlice:
         tensor has zeros.
 
         Args:
-            parts: uint8, the bytes of `ranges` in their order; the result shares their memory, except for
-                sections that begin inside a byte.
+            parts: uint8, the bytes of `ranges` in their order, on any device; the result shares their memory,
+                except for sections that begin inside a byte.
         """
         read = dict(zip((part.section for part in self.ranges), parts, strict=True))
+        device = parts[0].device if parts else _NOTHING.device
         sections = {}
         for spec in self.layout.sections:
             if spec.name in self._ready:
-                sections[spec.name] = self._ready[spec.name]
+                # A few kB: small enough that the copy to a device does not wait for it.
+                sections[spec.name] = self._ready[spec.name].to(device, non_blocking=True)
                 continue
-            raw = read.get(spec.name, _NOTHING)
+            raw = read[spec.name] if spec.name in read else _NOTHING.to(device)
             shift = self._shifts.get(spec.name, 0)
             whole = _shifted(raw, shift, spec.nbytes) if shift else raw
             sections[spec.name] = whole.view(spec.dtype).view(spec.shape)

@@ -29,7 +29,17 @@ from endor.loaders.plan import PAGE_BYTES, LoadPlan, ReadOp, Unit
 from endor.loaders.pool import Buffer, Pool
 from endor.loaders.posix import PosixReader
 from endor.loaders.prefetch import Lease, Prefetcher, PrefetchStats
-from endor.loaders.reader import DirectMode, Reader, ReadReport, Ticket, read_unit
+from endor.loaders.reader import (
+    Destination,
+    DeviceMemory,
+    DeviceReader,
+    DirectMode,
+    Reader,
+    ReadReport,
+    Ticket,
+    device_reader,
+    read_unit,
+)
 from endor.loaders.slots import SlotBuffer, SlotPool
 from endor.loaders.staging import StagingBuffer, StagingPool
 
@@ -41,6 +51,9 @@ __all__ = [
     "Buffer",
     "Copied",
     "CudaAccelerator",
+    "Destination",
+    "DeviceMemory",
+    "DeviceReader",
     "DirectMode",
     "Event",
     "HeldUnits",
@@ -69,6 +82,7 @@ __all__ = [
     "available_bytes",
     "cached_fraction",
     "choose_reader",
+    "device_reader",
     "drop_from_page_cache",
     "probe_kvikio",
     "read_unit",

@@ -173,8 +173,8 @@ class CudaAccelerator:
             failed = int(runtime.cudaHostRegister(address, nbytes, _PORTABLE))
         if failed:
             raise PlanError(
-                f"{nbytes} bytes of host memory cannot be pinned (CUDA error {failed}): lower host_memory, or "
-                "raise the limit of locked memory (ulimit -l)"
+                f"{nbytes} bytes of host memory cannot be pinned (CUDA error {failed}): lower host_memory "
+                "or raise the limit of locked memory (ulimit -l)"
             )
 
         def unpin() -> None:

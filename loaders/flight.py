@@ -44,7 +44,18 @@ class Flight:
     `arrive`. With a `source` nothing is read: the bytes are in host memory that stays.
     """
 
-    __slots__ = ("buffer", "cancelled", "done", "error", "holds", "index", "report", "source", "tickets", "unit")
+    __slots__ = (
+        "buffer",
+        "cancelled",
+        "done",
+        "error",
+        "holds",
+        "index",
+        "report",
+        "source",
+        "tickets",
+        "unit",
+    )
 
     def __init__(self, index: int, unit: Unit, buffer: Buffer, source: torch.Tensor | None = None) -> None:
         self.index = index
@@ -143,8 +154,7 @@ def _submit(flight: Flight, reader: Reader) -> None:
             for op, start in zip(flight.unit.ops, flight.unit.op_offsets, strict=True):
                 if flight.cancelled:
                     break
-                destination = flight.buffer.destination(start, op.length_bytes)
-                flight.tickets.append(reader.submit(op, destination))
+                flight.tickets.append(flight.buffer.submit(reader, op, start))
     except BaseException as error:  # noqa: BLE001 - a thread's boundary: it is raised again where the unit is acquired
         flight.error = error
         flight.cancelled = True

@@ -15,6 +15,7 @@ import errno
 import os
 import re
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +24,7 @@ from endor.errors import LoadError, PlanError
 from endor.loaders.chunks import ChunkedReader
 from endor.loaders.files import FileIdentity, SourceFile, whole_pages
 from endor.loaders.plan import ReadOp
-from endor.loaders.reader import Destination, DirectMode, Moved
+from endor.loaders.reader import Destination, DeviceMemory, DirectMode, Moved
 
 __all__ = ["KvikioReader"]
 
@@ -169,9 +170,27 @@ class KvikioReader(ChunkedReader):
                 f"reader kvikio needs the package kvikio ({error}): pip install 'endor-offload[kvikio]'"
             ) from error
         self.device_path = "GDS" if gds else "compatibility mode"
+        self.serves_device = gds
         super().__init__(
             partial(_KvikioFile, direct=direct, gds=gds), threads=threads, chunk_bytes=chunk_bytes
         )
+
+    def register(self, memory: DeviceMemory) -> Callable[[], None]:
+        """Register device memory with cuFile, once for all reads into it; what is returned undoes that.
+
+        Raises LoadError where the driver refuses: registering is what GPUDirect needs to be fast, and a
+        refusal says that it does not work.
+        """
+        import kvikio
+
+        try:
+            kvikio.memory_register(memory)
+        except RuntimeError as error:
+            raise LoadError(
+                f"cuFile cannot register {_length_of(memory)} bytes of device memory ({error}):"
+                " use reader posix"
+            ) from error
+        return lambda: kvikio.memory_deregister(memory)
 
 
 def _prepare_kvikio(threads: int, *, gds: bool) -> None:

@@ -2,7 +2,7 @@
 
 Where a range begins is decided first-fit by what is lent, so a plan can say in advance how large an arena has
 to be (`LoadPlan.ring_bytes`). A range of host memory is used where it was read to. One of device memory is
-read into host memory first and copied on: the methods from `destination` on are that way, and do nothing for
+read into host memory first and copied on: the methods from `is_writable` on are that way, and do nothing for
 host memory.
 """
 
@@ -17,8 +17,8 @@ import torch
 
 from endor.errors import PlanError
 from endor.loaders.accelerator import Copied
-from endor.loaders.plan import PAGE_BYTES, first_fit, round_up
-from endor.loaders.reader import Destination
+from endor.loaders.plan import PAGE_BYTES, ReadOp, first_fit, round_up
+from endor.loaders.reader import Reader, Ticket
 
 __all__ = ["HUGE_PAGE_BYTES", "Buffer", "Pool"]
 
@@ -65,9 +65,9 @@ class Buffer(ABC):
         """Block until `is_writable`."""
         return
 
-    def destination(self, offset_bytes: int, length_bytes: int) -> Destination:
-        """Where a reader is to write a part of the unit."""
-        return self.memory[offset_bytes : offset_bytes + length_bytes]
+    def submit(self, reader: Reader, op: ReadOp, offset_bytes: int) -> Ticket:
+        """Have `reader` read a part of the unit to its place, `offset_bytes` from the beginning."""
+        return reader.submit(op, self.memory[offset_bytes : offset_bytes + op.length_bytes])
 
     def read_bytes(self, length_bytes: int) -> memoryview:
         """What was read, in host memory."""

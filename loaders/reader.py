@@ -8,7 +8,7 @@ keeps it alive and does not use it. Once `wait` has returned, or raised, the rea
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from time import perf_counter
 from types import TracebackType
@@ -22,11 +22,13 @@ __all__ = [
     "BusyClock",
     "Destination",
     "DeviceMemory",
+    "DeviceReader",
     "DirectMode",
     "Moved",
     "ReadReport",
     "Reader",
     "Ticket",
+    "device_reader",
     "read_unit",
 ]
 
@@ -163,7 +165,6 @@ class Reader(Protocol):
 
     def submit(self, op: ReadOp, destination: memoryview) -> Ticket:
         """Start reading `op` into `destination`, which has exactly `op.length_bytes` writable bytes.
-
         Raises LoadError when the file cannot be opened or is too short, and when the reader is closed;
         PlanError when the destination does not fit.
         """
@@ -186,6 +187,28 @@ class Reader(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class DeviceReader(Reader, Protocol):
+    """A reader that writes to device memory by itself, by GPUDirect Storage."""
+
+    @property
+    def serves_device(self) -> bool:
+        """Whether it really does here; otherwise it is a reader like any other."""
+        ...
+
+    def submit(self, op: ReadOp, destination: Destination) -> Ticket:
+        """As `Reader.submit`, also into device memory."""
+        ...
+
+    def register(self, memory: DeviceMemory) -> Callable[[], None]:
+        """Prepare device memory for being read into, once; what is returned undoes that."""
+        ...
+
+
+def device_reader(reader: Reader) -> DeviceReader | None:
+    """`reader` as one that writes to device memory, if it does."""
+    return reader if getattr(reader, "serves_device", False) else None  # type: ignore[return-value]
 
 
 def read_unit(reader: Reader, unit: Unit, memory: memoryview) -> ReadReport:

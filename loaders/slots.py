@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from endor.loaders.accelerator import Accelerator, Copied, Event
+from endor.loaders.plan import ReadOp
 from endor.loaders.pool import Buffer, Pool
-from endor.loaders.reader import Destination
+from endor.loaders.reader import Reader, Ticket, device_reader
 from endor.loaders.staging import StagingPool
 
 __all__ = ["SlotBuffer", "SlotPool"]
@@ -73,18 +74,19 @@ class SlotBuffer(Buffer):
         for event in self._in_the_way():
             event.wait()
 
-    def destination(self, offset_bytes: int, length_bytes: int) -> Destination:
-        if self._pool.reads_into_slots:
-            return self.tensor(offset_bytes, length_bytes)
-        return super().destination(offset_bytes, length_bytes)
+    def submit(self, reader: Reader, op: ReadOp, offset_bytes: int) -> Ticket:
+        into_slots = self._pool.into_slots
+        if into_slots is None:
+            return super().submit(reader, op, offset_bytes)
+        return into_slots.submit(op, self.tensor(offset_bytes, op.length_bytes))
 
     def read_bytes(self, length_bytes: int) -> memoryview:
-        if self._pool.reads_into_slots:
+        if self._pool.into_slots is not None:
             return memoryview(self.tensor(0, length_bytes).cpu().numpy())
         return super().read_bytes(length_bytes)
 
     def land(self, length_bytes: int, source: torch.Tensor | None = None) -> None:
-        if source is None and self._pool.reads_into_slots:
+        if source is None and self._pool.into_slots is not None:
             return  # the bytes are there
         if source is None:
             source = self._pool._bounce_tensor(self.offset_bytes, length_bytes)
@@ -112,7 +114,7 @@ class SlotBuffer(Buffer):
         for stay in self._before:
             if stay.copied is not None:
                 yield stay.copied.ended
-            if self._pool.reads_into_slots:
+            if self._pool.into_slots is not None:
                 yield stay.left
 
     def _check_live(self) -> None:
@@ -128,9 +130,13 @@ class SlotPool(Pool[SlotBuffer]):
         accelerator: of the device.
         bounce: have as much pinned host memory in front, for what is read from disk. Without it units come
             from memory that is pinned already, or by a reader that writes to device memory.
-        reads_into_slots: the reader writes to device memory (GPUDirect Storage); needs no bounce.
+        reader: if it is one that writes to device memory (GPUDirect Storage) it does, into the slots, which
+            are registered with it once; then there is no bounce.
 
     Raises PlanError where there is not so much memory of either kind.
+
+    Attributes:
+        into_slots: that reader; None if what is read goes through host memory.
     """
 
     def __init__(
@@ -139,14 +145,15 @@ class SlotPool(Pool[SlotBuffer]):
         accelerator: Accelerator,
         *,
         bounce: bool = True,
-        reads_into_slots: bool = False,
+        reader: Reader | None = None,
     ) -> None:
         super().__init__(capacity_bytes)
         self.accelerator = accelerator
-        self.reads_into_slots = reads_into_slots
+        self.into_slots = device_reader(reader) if reader is not None else None
         self._stays: list[_Stay] = []
         self._tensor = accelerator.empty(self.capacity_bytes)
-        wants_bounce = bounce and not reads_into_slots
+        self._deregister = self.into_slots.register(self._tensor) if self.into_slots else None
+        wants_bounce = bounce and self.into_slots is None
         self._bounce = StagingPool(self.capacity_bytes, pin=accelerator.pin) if wants_bounce else None
         self._bounce_all = self._bounce.allocate(self.capacity_bytes) if self._bounce else None
 
@@ -166,6 +173,9 @@ class SlotPool(Pool[SlotBuffer]):
         self.closed = True
         self.settle()
         self._lent.clear()
+        deregister, self._deregister = self._deregister, None
+        if deregister is not None:
+            deregister()
         if self._bounce is not None:
             self._bounce.close()
         self._tensor = torch.empty(0, dtype=torch.uint8)

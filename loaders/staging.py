@@ -61,7 +61,9 @@ class StagingPool(Pool[StagingBuffer]):
             as long as the pool is open.
     """
 
-    def __init__(self, capacity_bytes: int, *, pin: Callable[[Tensor], Callable[[], None]] | None = None) -> None:
+    def __init__(
+        self, capacity_bytes: int, *, pin: Callable[[Tensor], Callable[[], None]] | None = None
+    ) -> None:
         super().__init__(capacity_bytes)
         arena, start = _map_arena(self.capacity_bytes)
         self._arena: mmap.mmap | None = arena

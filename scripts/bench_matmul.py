@@ -97,6 +97,7 @@ class TileScratch:
     """Memory that every tile is decoded into."""
 
     memory: torch.Tensor
+    status: None = None
 
     def decode_rows(
         self, packed: PackedTensor, start_block: int, stop_block: int, dtype: torch.dtype

@@ -8,6 +8,7 @@ bits.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -20,13 +21,23 @@ from endor.formats.packed import PackedTensor, TensorLayout
 from endor.kernels import matmul
 from endor.kernels.backend import rows_of
 from endor.kernels.dispatch import decode_rows
+from endor.kernels.triton_backend import triton_backends
 
-__all__ = ["MATMULS", "RowScratch", "check_matmul", "compressed_kernel", "packed_linear", "tile_shape"]
+__all__ = [
+    "MATMULS",
+    "RowScratch",
+    "check_matmul",
+    "compressed_kernel",
+    "has_triton",
+    "packed_linear",
+    "tile_shape",
+]
 
 MATMULS = ("auto", "decode")
 """How a packed weight is multiplied: `auto` by the fastest way, `decode` as the dense weight is, bit for
 bit."""
 
+_CPU = torch.device("cpu")
 TILE_BYTES = 24 << 20
 """Dense bytes that are decoded and multiplied at a time. Milliseconds, half of a bf16 weight kept, `raw`, two
 threads of a Zen 5 core with 32 MiB of third-level cache:
@@ -47,6 +58,11 @@ Where all at once is no slower, tiles still keep the scratch small. With one thr
 class RowScratch(Protocol):
     """Lends memory to decode rows into; what it lent before may be overwritten by the next call."""
 
+    @property
+    def status(self) -> Tensor | None:
+        """int64 [1] on the device of the weights, which kernels lower to what is wrong with a weight, so that
+        nobody waits for them; None where damage is an exception of the call that meets it."""
+
     def decode_rows(
         self, packed: PackedTensor, start_block: int, stop_block: int, dtype: torch.dtype
     ) -> Tensor:
@@ -66,11 +82,22 @@ def tile_shape(layout: TensorLayout) -> tuple[int, int]:
     return min(g.rows, _tile_blocks(layout) * g.row_block), g.cols
 
 
-def compressed_kernel(layout: TensorLayout, dtype: torch.dtype) -> str | None:
-    """The instruction set that multiplies one row of `dtype` straight from such a weight; None where none
-    does."""
+def compressed_kernel(
+    layout: TensorLayout, dtype: torch.dtype, device: torch.device = _CPU, *, status: bool = False
+) -> str | None:
+    """What multiplies one row of `dtype` straight from such a weight: an instruction set, or `triton`; None
+    where nothing does.
+
+    Args:
+        layout, dtype: of the weight, and of x.
+        device: of both.
+        status: whether damage is noted in a status, as on a GPU.
+    """
     if len(layout.shape) != 2:
         return None
+    if device.type != "cpu" or status:
+        triton = has_triton(device) and layout.dtype == dtype and dtype in (torch.bfloat16, torch.float16)
+        return "triton" if triton else None
     # Nothing looks at what the sections hold: memory that is never touched is enough.
     sections = {s.name: torch.empty(s.shape, dtype=s.dtype) for s in layout.sections}
     supported = matmul.supports(torch.empty(1, layout.shape[1], dtype=dtype), PackedTensor(layout, sections))
@@ -89,16 +116,36 @@ def packed_linear(
         dtype: that W has for others.
         scratch: lends memory for tiles; fresh memory without one.
 
-    The result has no gradient. Raises FormatError where the contents of `packed` contradict each other.
+    The result has no gradient. Raises FormatError where the contents of `packed` contradict each other, or
+    notes that in the status of the scratch if it has one.
     """
     if not _is_plain_product(x, packed, bias, dtype):
         return None
+    status = scratch.status if scratch is not None else None
+    if x.device.type != "cpu" or status is not None:
+        return _on_device(x, packed, bias, status)
     y = matmul.linear(x, packed, bias)
     return _tiled(x, packed, bias, dtype, scratch) if y is None else y
 
 
+def _on_device(x: Tensor, packed: PackedTensor, bias: Tensor | None, status: Tensor | None) -> Tensor | None:
+    """By the kernel for GPUs, where it is there and the faster way. Tiles would gain nothing: a device has no
+    cache that a tile stays in, and each would be two more launches."""
+    if not has_triton(x.device):
+        return None
+    from endor.kernels import triton_matmul
+
+    return triton_matmul.linear(x, packed, bias, status=status)
+
+
+@cache
+def has_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels run on `device`."""
+    return any(backend.supports("raw", device) for backend in triton_backends())
+
+
 def _is_plain_product(x: Tensor, packed: PackedTensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether this is a product of matrices on the CPU, with nothing recorded, traced, cast or mapped."""
+    """Whether this is a product of matrices on one device, with nothing recorded, traced, cast or mapped."""
     shape = packed.layout.shape
     return (
         type(x) in matmul.PLAIN_TENSORS
@@ -107,12 +154,11 @@ def _is_plain_product(x: Tensor, packed: PackedTensor, bias: Tensor | None, dtyp
         and x.dim() > 0
         and x.shape[-1] == shape[1]
         and x.numel() * shape[0] > 0
-        and x.device.type == "cpu"
-        and packed.device.type == "cpu"
+        and x.device == packed.device
         and not packed.layout.is_plain
         and (bias is None or _is_plain_bias(bias, shape[0], dtype))
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(x.device.type)
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         and not _has_tangent(x)
     )

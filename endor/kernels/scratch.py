@@ -23,6 +23,9 @@ class ThreadScratch:
     other's weights.
     """
 
+    status = None
+    """Damage is an exception of the call that meets it."""
+
     def __init__(self) -> None:
         self._buffers = threading.local()
 
@@ -38,10 +41,14 @@ class ThreadScratch:
     ) -> torch.Tensor:
         """Row blocks [start_block, stop_block) of a weight on the CPU in `dtype`, [rows, columns], valid
         until the thread's next call. Raises FormatError for damage."""
+        tile = self._rows(packed, start_block, stop_block)
+        return self._cast(decode_rows(packed, start_block, stop_block, tile), dtype)
+
+    def _rows(self, packed: PackedTensor, start_block: int, stop_block: int) -> torch.Tensor:
+        """Memory for some row blocks."""
         layout = packed.layout
         shape = (len(rows_of(layout, start_block, stop_block)), layout.geometry.cols)
-        tile = self._shaped("stored", shape, layout.dtype)
-        return self._cast(decode_rows(packed, start_block, stop_block, tile), dtype)
+        return self._shaped("stored", shape, layout.dtype)
 
     def _cast(self, dense: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return dense if dtype == dense.dtype else self._shaped("cast", dense.shape, dtype).copy_(dense)

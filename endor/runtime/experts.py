@@ -10,14 +10,14 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
+from typing import Any
 
 import torch
 
 from endor.errors import LoadError
 from endor.formats.packed import PackedTensor
 from endor.kernels.tensor import BitmapTensor
-from endor.loaders import Reader, StagingBuffer, StagingPool, Ticket, Unit
+from endor.loaders import Buffer, HeldUnits, Pool, Reader, SlotPool, StagingPool, Ticket, Unit
 from endor.loaders.reader import drain
 from endor.runtime.stats import StatsRecorder
 
@@ -38,7 +38,7 @@ class Expert:
 
 @dataclass
 class _Slot:
-    buffer: StagingBuffer
+    buffer: Buffer
     expert: Expert | None = None
     tickets: list[Ticket] = field(default_factory=list)
     weights: Mapping[str, PackedTensor] | None = None
@@ -51,9 +51,12 @@ class ExpertCache:
     Args:
         reader: its owner's to close.
         expert_of: by key; called once per read.
-        slot_bytes: of the largest expert.
+        pool: of the memory that experts are used in, of `slots * slot_bytes`; closed with the cache. Host
+            memory by default.
+        slot_bytes: of the largest expert, in whole pages.
         slots: at least two, so that one is read while another is used.
         ahead: read what is announced before it is asked for.
+        held: experts in host memory, which are copied to a device and not read; its owner's to close.
         stats: where bytes and waiting are counted.
     """
 
@@ -61,17 +64,21 @@ class ExpertCache:
         self,
         reader: Reader,
         expert_of: Callable[[ExpertKey], Expert],
+        pool: Pool[Any] | None = None,
         *,
         slot_bytes: int,
         slots: int,
         ahead: bool = True,
+        held: HeldUnits | None = None,
         stats: StatsRecorder,
     ) -> None:
         self._reader = reader
+        self._held = held
+        self._on_device = isinstance(pool, SlotPool)
         self._expert_of = expert_of
         self._ahead = ahead
         self._stats = stats
-        self._pool = StagingPool(slots * slot_bytes)
+        self._pool: Pool[Any] = StagingPool(slots * slot_bytes) if pool is None else pool
         self._all = [_Slot(self._pool.allocate(slot_bytes)) for _ in range(slots)]
         self._free = list(self._all)
         self._taken: OrderedDict[ExpertKey, _Slot] = OrderedDict()
@@ -125,25 +132,39 @@ class ExpertCache:
         self._pool.close()
 
     def _finish(self, key: ExpertKey, slot: _Slot, *, again: bool) -> Mapping[str, PackedTensor]:
-        if slot.weights is not None and slot.expert is not None:
-            self._stats.host_bytes += 0 if again else slot.expert.unit.total_bytes
-            return slot.weights
         assert slot.expert is not None
         unit = slot.expert.unit
-        began_s = perf_counter()
-        try:
-            for ticket in slot.tickets:
-                self._stats.on_demand_read_s += self._reader.wait(ticket).read_s
-        except LoadError:
-            self._abandon(key)
-            raise
-        finally:
-            self._stats.stalled(unit.name, perf_counter() - began_s)
-        self._stats.disk_bytes += unit.total_bytes
+        if slot.weights is not None:
+            slot.buffer.arrive()  # perhaps in another stream than the first time
+            if not again:
+                self._count(unit)
+            return slot.weights
+        source = None if self._held is None else self._held.find(unit)
+        with self._stats.waiting(unit.name):
+            try:
+                for ticket in slot.tickets:
+                    self._stats.on_demand_read_s += self._reader.wait(ticket).read_s
+            except LoadError:
+                self._abandon(key)
+                raise
+            slot.buffer.land(unit.span_bytes, source)
+            slot.buffer.arrive()
+        self._stats.copied(unit.name, slot.buffer.copied)
+        if source is None:
+            self._stats.disk_bytes += unit.total_bytes
+        else:
+            self._stats.host_bytes += unit.total_bytes
         slot.tickets = []
         places = zip(unit.op_offsets, unit.ops, strict=True)
         slot.weights = slot.expert.unpack([slot.buffer.tensor(at, op.length_bytes) for at, op in places])
         return slot.weights
+
+    def _count(self, unit: Unit) -> None:
+        """Count an expert that was in memory already."""
+        if self._on_device:
+            self._stats.device_bytes += unit.total_bytes
+        else:
+            self._stats.host_bytes += unit.total_bytes
 
     def _fill(self) -> None:
         for key in self._wanted if self._ahead else ():
@@ -159,9 +180,11 @@ class ExpertCache:
         self._taken[key] = slot
         try:
             slot.expert = expert = self._expert_of(key)
-            memory = slot.buffer.memory
+            if self._held is not None and self._held.find(expert.unit) is not None:
+                return slot
+            slot.buffer.wait_writable()
             for op, start in zip(expert.unit.ops, expert.unit.op_offsets, strict=True):
-                slot.tickets.append(self._reader.submit(op, memory[start : start + op.length_bytes]))
+                slot.tickets.append(slot.buffer.submit(self._reader, op, start))
         except BaseException:
             self._abandon(key)
             raise
@@ -191,6 +214,7 @@ class ExpertCache:
         slot = self._taken.pop(key)
         drain(self._reader, slot.tickets)
         slot.tickets, slot.weights, slot.expert = [], None, None
+        slot.buffer.reuse()
         while slot.lent:
             part = slot.lent.pop()()
             if part is not None:

@@ -16,9 +16,9 @@ from endor.formats.header import TensorEntry
 from endor.formats.reader import BlockRange
 from endor.kernels.tensor import BitmapTensor
 from endor.models import is_linear
+from endor.runtime.blocks import WeightBlock
 from endor.runtime.skeleton import find_module, install
 from endor.runtime.sliced import SlicedWeight
-from endor.runtime.streaming import WeightBlock
 
 __all__ = [
     "Installed",
@@ -27,8 +27,11 @@ __all__ = [
     "install_unread",
     "install_weights",
     "is_direct",
+    "move_dense",
     "stored_dtype",
 ]
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,16 @@ _Weight = TypeVar("_Weight", bound=BitmapTensor)
 
 
 def install_weights(
-    model: Any, checkpoint: Checkpoint, *, dense: Callable[[Any, TensorEntry, Checkpoint], None] | None = None
+    model: Any,
+    checkpoint: Checkpoint,
+    *,
+    dense: Callable[[Any, TensorEntry, Checkpoint], None] | None = None,
+    device: torch.device = _CPU,
 ) -> Installed:
     """Put every tensor of `checkpoint` into `model`, a skeleton whose dtypes are those that are wanted.
 
     Args:
+        device: where packed weights will be used; dense ones are moved there by `move_dense`.
         dense: what is done with those that stay as they are: `install_dense`, or `install_unread` for a model
             that is only planned for.
 
@@ -72,12 +80,16 @@ def install_weights(
             owner = find_module(model, entry.name.rpartition(".")[0])
             if module is not None and _is_streamable(model, entry, home):
                 head = owner is module
-                weights[entry.name] = _install_packed(model, entry, SlicedWeight if head else BitmapTensor)
+                weights[entry.name] = _install_packed(
+                    model, entry, SlicedWeight if head else BitmapTensor, device
+                )
             elif owner is not None and _is_experts(owner, entry):
-                experts.setdefault(owner, {})[entry.name] = _install_sliced(model, entry)
+                experts.setdefault(owner, {})[entry.name] = _install_packed(
+                    model, entry, SlicedWeight, device
+                )
                 apart.add(entry.name)
             elif _is_table(model, entry):
-                tables[entry.name] = _install_sliced(model, entry)
+                tables[entry.name] = _install_packed(model, entry, SlicedWeight, device)
             else:
                 dense(model, entry, checkpoint)
         if weights:
@@ -93,6 +105,24 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
         if entry.layout.dtype.is_floating_point:
             sizes[entry.layout.dtype] += entry.layout.geometry.numel
     return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def move_dense(model: nn.Module, device: torch.device) -> None:
+    """Move everything that is not packed to `device`; tied parameters stay tied."""
+    moved: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for kept in (module._parameters, module._buffers):
+            tensors: dict[str, Any] = kept
+            for name, tensor in tensors.items():
+                if tensor is None or isinstance(tensor, BitmapTensor) or tensor.device == device:
+                    continue
+                there = moved.get(id(tensor))
+                if there is None:
+                    there = tensor.to(device)
+                    if isinstance(tensor, nn.Parameter):
+                        there = nn.Parameter(there, requires_grad=False)
+                    moved[id(tensor)] = there
+                tensors[name] = there
 
 
 def dense_bytes(model: nn.Module) -> int:
@@ -157,17 +187,13 @@ def _kept_in_float32(model: Any) -> set[str]:
     return kept
 
 
-def _install_packed(model: Any, entry: TensorEntry, kind: type[_Weight]) -> _Weight:
+def _install_packed(model: Any, entry: TensorEntry, kind: type[_Weight], device: torch.device) -> _Weight:
     shown = _shown_dtype(model, entry.name, entry.layout.dtype)
-    parameter: Any = nn.Parameter(kind(entry.layout, dtype=shown), requires_grad=False)
+    parameter: Any = nn.Parameter(kind(entry.layout, dtype=shown, device=device), requires_grad=False)
     for name in (entry.name, *entry.aliases):
         install(model, name, parameter)
     weight: _Weight = parameter
     return weight
-
-
-def _install_sliced(model: Any, entry: TensorEntry) -> SlicedWeight:
-    return _install_packed(model, entry, SlicedWeight)
 
 
 def install_dense(model: Any, entry: TensorEntry, checkpoint: Checkpoint) -> None:

@@ -12,11 +12,11 @@ from endor.checkpoint import Checkpoint
 from endor.formats.packed import TensorLayout
 from endor.kernels.tensor import BitmapTensor
 from endor.loaders import available_bytes
+from endor.runtime.blocks import WeightBlock
 from endor.runtime.install import install_dense, is_direct
 from endor.runtime.placement import Placement
 from endor.runtime.planner import Budgets, Decision, check_room, decide
 from endor.runtime.slices import ExpertStacks, Table
-from endor.runtime.streaming import WeightBlock
 from endor.runtime.survey import Parts, matrix_of
 
 __all__ = ["ModelPlan", "place"]
@@ -71,7 +71,15 @@ def _tiles_of(table: Table) -> Iterator[tuple[TensorLayout, torch.dtype]]:
 
 
 def place(
-    model: Any, parts: Parts, checkpoint: Checkpoint, *, host_bytes: int, depth: int, verify: bool
+    model: Any,
+    parts: Parts,
+    checkpoint: Checkpoint,
+    budgets: Budgets,
+    *,
+    depth: int,
+    verify: bool,
+    context_tokens: int = 0,
+    device_free_bytes: int | None = None,
 ) -> ModelPlan:
     """Decide what stays, and prepare the model for that.
 
@@ -79,20 +87,28 @@ def place(
         model: whose tables become dense parameters where they fit.
         parts: of it.
         checkpoint: open.
-        host_bytes: for compressed weights that stay.
+        budgets: for compressed weights that stay.
         depth: units that are read ahead.
         verify: compare what is read in parts with its checksums now, since parts have none: it is read once.
+        context_tokens: that a device has to have room for.
+        device_free_bytes: memory of the device that is free, if it has its own.
 
     Raises PlanError for a budget that cannot be met, and what reading raises.
     """
-    budgets = Budgets(host_bytes)
-    decision = decide(parts.sizes, budgets, depth=depth)
-    check_room(parts.sizes, budgets, depth=depth, free_bytes=available_bytes())
+    decision = decide(parts.sizes, budgets, depth=depth, context_tokens=context_tokens)
+    check_room(
+        parts.sizes,
+        budgets,
+        depth=depth,
+        free_bytes=available_bytes(),
+        context_tokens=context_tokens,
+        device_free_bytes=device_free_bytes,
+    )
     for table in parts.tables:
         if table.name in decision.dense_tables:
             install_dense(model, checkpoint.entry(table.name), checkpoint)
-    resident = set(decision.placement.host)
-    blocks = tuple(replace(b, table=None) if i in resident else b for i, b in enumerate(parts.blocks))
+    whole = {*decision.placement.host, *decision.placement.device}
+    blocks = tuple(replace(b, table=None) if i in whole else b for i, b in enumerate(parts.blocks))
     tables = tuple(table for table in parts.tables if table.name not in decision.dense_tables)
     if parts.experts:
         model.set_experts_implementation("eager")  # the only one that takes experts one by one

@@ -13,13 +13,22 @@ from endor.kernels.scratch import ThreadScratch
 from endor.loaders import StagingPool
 from endor.runtime.stats import StatsRecorder
 
-__all__ = ["DecodeScratch", "decoded_bytes"]
+__all__ = ["DecodeScratch", "decoded_bytes", "most_decoded"]
 
 
 def decoded_bytes(layout: TensorLayout, dtype: torch.dtype, *, matmul: str) -> tuple[int, int]:
     """Dense bytes of what is decoded of a weight at a time, as stored and, if that is another dtype, cast."""
     numel = layout.geometry.numel if matmul == "decode" else math.prod(tile_shape(layout))
     return numel * layout.dtype.itemsize, 0 if dtype == layout.dtype else numel * dtype.itemsize
+
+
+def most_decoded(weights: Iterable[tuple[TensorLayout, torch.dtype]], *, matmul: str) -> dict[str, int]:
+    """Dense bytes of the most that is decoded at a time: `stored` and `cast`, see `decoded_bytes`."""
+    needs = [decoded_bytes(layout, dtype, matmul=matmul) for layout, dtype in weights]
+    return {
+        "stored": max((stored for stored, _ in needs), default=0),
+        "cast": max((cast for _, cast in needs), default=0),
+    }
 
 
 class DecodeScratch(ThreadScratch):
@@ -41,11 +50,7 @@ class DecodeScratch(ThreadScratch):
         self.matmul = matmul
         self._stats = stats
         self._pools: list[StagingPool] = []
-        wanted = {"stored": 0, "cast": 0}
-        for layout, dtype in weights:
-            stored, cast = decoded_bytes(layout, dtype, matmul=matmul)
-            wanted = {"stored": max(wanted["stored"], stored), "cast": max(wanted["cast"], cast)}
-        for use, nbytes in wanted.items():
+        for use, nbytes in most_decoded(weights, matmul=matmul).items():
             if nbytes:
                 self._reserve(use, nbytes)
 

@@ -35,7 +35,8 @@ class SliceSource(ABC):
         """Everything, in memory of its own: for whatever does not go by parts."""
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
-        """Dense rows in the stored dtype, [len(indices), cols]; indices are int64 [n], inside the weight."""
+        """Dense rows in the stored dtype, [len(indices), cols], in host memory; indices are int64 [n] there,
+        inside the weight."""
         raise NotImplementedError
 
     def tiles(self) -> Iterator[tuple[int, PackedTensor]]:
@@ -72,7 +73,10 @@ class SlicedWeight(BitmapTensor):
 
     @property
     def packed(self) -> PackedTensor:
-        return self.source.whole() if self._packed is None else self._packed
+        if self._packed is not None:
+            return self._packed
+        whole = self.source.whole()
+        return whole if whole.device == self.device else whole.to(self.device)
 
     def part(self, packed: PackedTensor) -> BitmapTensor:
         """A part of this weight as a weight of its own."""
@@ -83,7 +87,9 @@ class SlicedWeight(BitmapTensor):
         if packed is not None:
             return super()._like(packed, dtype=dtype)
         scratch, matmul = self._scratch, self._matmul
-        like = SlicedWeight(self.packed_layout, dtype=dtype, scratch=scratch, matmul=matmul)
+        like = SlicedWeight(
+            self.packed_layout, dtype=dtype, scratch=scratch, matmul=matmul, device=self.device
+        )
         like.use_source(self._source)
         return like
 
@@ -148,13 +154,14 @@ def _embedding(
             "an embedding with max_norm would rewrite its rows, which are streamed and read-only"
         )
     count = weight.shape[0]
-    wanted, places = torch.unique(indices, return_inverse=True)
+    # On the host: rows are read from files. A device has done the token before by then, so nothing is lost.
+    wanted, places = torch.unique(indices.cpu(), return_inverse=True)
     if len(wanted) and not (int(wanted[0]) >= 0 and int(wanted[-1]) < count):
         raise IndexError(
             f"index out of range in an embedding of {count} rows: {int(wanted[0])} to {int(wanted[-1])}"
         )
-    table = weight.source.rows(wanted.to(torch.int64)).to(weight.dtype)
-    return F.embedding(places, table)
+    table = weight.source.rows(wanted.to(torch.int64)).to(indices.device, weight.dtype)
+    return F.embedding(places.to(indices.device), table)
 
 
 def _linear(x: torch.Tensor, weight: SlicedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from time import perf_counter
 
 import torch
 
@@ -52,14 +51,13 @@ class Rows:
 
     def read_whole(self, reader: Reader, stats: StatsRecorder) -> PackedTensor:
         """Everything, in fresh memory."""
-        began_s = perf_counter()
         g = self.index.layout.geometry
         whole = self.index.row_blocks(0, g.row_blocks)
         unit = self.unit(whole)
-        memory = torch.empty(unit.span_bytes, dtype=torch.uint8)
-        stats.on_demand_read_s += read_unit(reader, unit, memory.numpy().data).read_s
+        with stats.waiting(self.name):
+            memory = torch.empty(unit.span_bytes, dtype=torch.uint8)
+            stats.on_demand_read_s += read_unit(reader, unit, memory.numpy().data).read_s
         stats.disk_bytes += unit.total_bytes
-        stats.stalled(self.name, perf_counter() - began_s)
         packed = whole.assemble(parts_of(unit, memory))
         sections = {
             n: t.view(s.shape)
@@ -147,22 +145,21 @@ class TiledSource(SliceSource):
         out = torch.empty(len(indices), layout.geometry.cols, dtype=layout.dtype)
         if not out.numel():
             return out
-        began_s = perf_counter()
         row_bytes = layout.geometry.cols * layout.dtype.itemsize
         memory = out.view(torch.uint8).view(-1).numpy().data
         (section,) = self._rows.index.entry.sections
         tickets, at = [], 0
-        try:
-            for first, count in _runs(indices.tolist()):
-                begin = section.begin + first * row_bytes
-                op = self._rows.op(SectionRange(section.name, begin, begin + count * row_bytes))
-                tickets.append(self._reader.submit(op, memory[at : at + op.length_bytes]))
-                at += op.length_bytes
-        finally:
-            reports = [self._reader.wait(ticket) for ticket in tickets]
+        with self._stats.waiting(self._rows.name):
+            try:
+                for first, count in _runs(indices.tolist()):
+                    begin = section.begin + first * row_bytes
+                    op = self._rows.op(SectionRange(section.name, begin, begin + count * row_bytes))
+                    tickets.append(self._reader.submit(op, memory[at : at + op.length_bytes]))
+                    at += op.length_bytes
+            finally:
+                reports = [self._reader.wait(ticket) for ticket in tickets]
         self._stats.on_demand_read_s += sum(report.read_s for report in reports)
         self._stats.disk_bytes += at
-        self._stats.stalled(self._rows.name, perf_counter() - began_s)
         return out
 
     def tiles(self) -> Iterator[tuple[int, PackedTensor]]:

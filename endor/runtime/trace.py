@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -16,19 +16,21 @@ from types import TracebackType
 from typing import Any, Self
 
 from endor.formats.writer import atomic_write
-from endor.loaders import Reader, ReadOp, ReadReport, Ticket
+from endor.loaders import Destination, DeviceMemory, Reader, ReadOp, ReadReport, Ticket, device_reader
 
 __all__ = ["Trace", "TracedReader"]
 
 _MAX_EVENTS = 1_000_000
-_TRACKS = {"forward": 1, "block": 2, "decode": 3, "stall": 4, "read": 5}
+_TRACKS = {"forward": 1, "block": 2, "decode": 3, "stall": 4, "read": 5, "copy": 6}
 
 
 class Trace:
     """Collects events in memory, at most a million (about 100 bytes each); `save` writes them.
 
     Any thread may add events. Tracks: `forward`, `block` (from the moment a block's bytes are there until it
-    is done), `decode`, `stall` (the model waits for bytes), `read` (the reader is busy).
+    is done), `decode`, `stall` (the model waits for bytes), `read` (the reader is busy), `copy` (to a device
+    with its own memory). With such a device `forward`, `decode`, `stall` and `copy` are its own time, the
+    rest is that of the thread that gives it work.
     """
 
     def __init__(self) -> None:
@@ -100,9 +102,25 @@ class TracedReader:
     def name(self) -> str:
         return self._reader.name
 
-    def submit(self, op: ReadOp, destination: memoryview) -> Ticket:
+    @property
+    def serves_device(self) -> bool:
+        """See `DeviceReader`."""
+        return device_reader(self._reader) is not None
+
+    def register(self, memory: DeviceMemory) -> Callable[[], None]:
+        """See `DeviceReader`."""
+        reader = device_reader(self._reader)
+        assert reader is not None
+        return reader.register(memory)
+
+    def submit(self, op: ReadOp, destination: Destination) -> Ticket:
         began_s = perf_counter()
-        ticket = self._reader.submit(op, destination)
+        if isinstance(destination, memoryview):
+            ticket = self._reader.submit(op, destination)
+        else:
+            reader = device_reader(self._reader)
+            assert reader is not None
+            ticket = reader.submit(op, destination)
         with self._lock:
             self._submitted_s[id(ticket)] = began_s
         return ticket

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from endor.formats.slices import RowSlice
 from endor.kernels.tensor import BitmapTensor
 from endor.loaders import PosixReader, StagingPool, Unit, read_unit
+from endor.runtime.blocks import WeightBlock
 from endor.runtime.install import is_direct
 from endor.runtime.scratch import DecodeScratch
 from endor.runtime.sliced import as_matrix
 from endor.runtime.slices import ExpertStacks, Table, parts_of
 from endor.runtime.stats import StatsRecorder
-from endor.runtime.streaming import WeightBlock
 from endor.runtime.survey import Parts, kind_of
 
 __all__ = ["measure_work"]

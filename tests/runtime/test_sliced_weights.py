@@ -290,7 +290,7 @@ def test_an_expert_that_is_held_too_long_is_an_error_in_words(moe: tuple[Path, A
 
 def test_interrupted_launches_lose_no_slot(moe: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = endor.load(moe[0], host_memory=0)
-    cache = runtime_of(model)._expert_cache
+    cache = runtime_of(model)._tiers.experts
     assert cache is not None
     expert_of, slots = cache._expert_of, cache.slots
 

@@ -1,0 +1,268 @@
+"""The memory that a runtime holds: blocks where they are used, blocks in host memory, a ring for the rest.
+
+On a CPU blocks that stay are used where they are. A device with its own memory has three tiers: blocks that
+stay on it, blocks in pinned host memory, which are copied to a slot each time, and blocks on disk, which are
+read first. Everything is allocated here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from endor.errors import EndorError
+from endor.loaders import (
+    Accelerator,
+    Event,
+    HeldUnits,
+    LoadPlan,
+    Pool,
+    Prefetcher,
+    Reader,
+    SlotPool,
+    StagingPool,
+    Unit,
+    read_unit,
+)
+from endor.runtime.blocks import WeightBlock
+from endor.runtime.experts import ExpertCache
+from endor.runtime.placement import Placement
+from endor.runtime.slices import ExpertStacks, Table, parts_of
+from endor.runtime.stats import StatsRecorder
+
+__all__ = ["Tiers", "close_parts"]
+
+
+class Tiers:
+    """Reads what stays, and starts the ring.
+
+    Args:
+        blocks: in execution order.
+        placement: of them.
+        heads: read tile by tile.
+        experts: of Mixture-of-Experts layers, by layer.
+        depth: units that are read ahead.
+        reader: its owner's to close.
+        accelerator: of a device with its own memory; None for a CPU.
+        verify: `always`, `first` or `never`.
+        expert_slots: how many experts are in memory at a time.
+        stats: where experts are counted.
+
+    Raises what reading and allocating raises; then nothing is held.
+
+    Attributes:
+        unit_of: index of a streamed block's unit, by name.
+        first_tile: index of the first unit of a head, by name.
+        held: blocks in host memory that are copied to the device; None on a CPU, and if there are none.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[WeightBlock],
+        placement: Placement,
+        heads: Sequence[Table],
+        experts: Sequence[ExpertStacks],
+        *,
+        depth: int,
+        reader: Reader,
+        accelerator: Accelerator | None,
+        verify: str,
+        expert_slots: int,
+        stats: StatsRecorder,
+    ) -> None:
+        self._reader = reader
+        self._stats = stats
+        self._accelerator = accelerator
+        self._verify_when = verify
+        self._verified: set[int] = set()
+        self.unit_of: dict[str, int] = {}
+        self.first_tile: dict[str, int] = {}
+        self._units: list[tuple[Unit, WeightBlock | None]] = []
+        self.resident: Pool[Any] | None = None
+        self.held: HeldUnits | None = None
+        self.prefetcher: Prefetcher | None = None
+        self.experts: ExpertCache | None = None
+        self._expert_pool: Pool[Any] | None = None
+        self._ring: SlotPool | None = None
+        near = placement.device if accelerator is not None else placement.host
+        far = placement.host if accelerator is not None else ()
+        try:
+            self.resident = self._read_resident([blocks[i] for i in near])
+            self.held = self._read_held([blocks[i] for i in far])
+            self._number([block for i, block in enumerate(blocks) if i not in near], heads)
+            self.prefetcher = self._start_ring(depth)
+            self.experts = self._start_experts(experts, expert_slots, ahead=depth > 0)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def ring_bytes(self) -> int:
+        """Memory of the ring and of experts, where they are used."""
+        experts = self.experts.capacity_bytes if self.experts else 0
+        return (self.prefetcher.ring_bytes if self.prefetcher else 0) + experts
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that holds resident blocks, where they are used."""
+        return self.resident.capacity_bytes if self.resident else 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory for blocks that are used on a device: held there, or on their way."""
+        pools = (self._ring, self._expert_pool)
+        bounces = sum(pool.bounce_bytes for pool in pools if isinstance(pool, SlotPool))
+        return bounces + (self.held.nbytes if self.held else 0)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Compressed bytes that one pass brings through the ring; experts come on top."""
+        return sum(unit.total_bytes for unit, _ in self._units)
+
+    def is_held(self, unit: Unit) -> bool:
+        """Whether the unit is in host memory, and only copied."""
+        return self.held is not None and self.held.find(unit) is not None
+
+    def close(self) -> None:
+        """End threads and free memory. Idempotent."""
+        parts = (self.prefetcher, self.experts, self._expert_pool, self._ring, self.resident, self.held)
+        close_parts([part for part in parts if part is not None])
+
+    # Setting up.
+
+    def _read_resident(self, blocks: Sequence[WeightBlock]) -> Pool[Any] | None:
+        """Read blocks into one arena, where they are used in place."""
+        if not blocks:
+            return None
+        units = [block.unit() for block in blocks]
+        nbytes = sum(unit.span_bytes for unit in units)
+        if self._accelerator is None:
+            pool = StagingPool(nbytes)
+            return self._filled(pool, self._read_in_place, blocks, units)
+        slots = SlotPool(nbytes, self._accelerator, bounce=False)
+        return self._filled(slots, self._read_and_copy, blocks, units)
+
+    def _filled(
+        self,
+        pool: Pool[Any],
+        fill: Callable[[Pool[Any], Sequence[WeightBlock], Sequence[Unit]], None],
+        blocks: Sequence[WeightBlock],
+        units: Sequence[Unit],
+    ) -> Pool[Any]:
+        """The pool with the blocks in it; closed if that fails."""
+        try:
+            fill(pool, blocks, units)
+        except BaseException:
+            pool.close()
+            raise
+        return pool
+
+    def _read_in_place(self, pool: Pool[Any], blocks: Sequence[WeightBlock], units: Sequence[Unit]) -> None:
+        for block, unit in zip(blocks, units, strict=True):
+            buffer = pool.allocate(unit.span_bytes)
+            read_unit(self._reader, unit, buffer.memory)
+            parts = parts_of(unit, buffer.tensor())
+            self._compare(block, parts)
+            block.attach(parts)
+
+    def _read_and_copy(self, pool: Pool[Any], blocks: Sequence[WeightBlock], units: Sequence[Unit]) -> None:
+        """One block is read while the one before it is copied to the device."""
+        assert self._accelerator is not None
+        largest = max(unit.span_bytes for unit in units)
+        with StagingPool(2 * largest, pin=self._accelerator.pin) as staging:
+            turns = [staging.allocate(largest) for _ in range(2)]
+            copied: list[Event | None] = [None, None]
+            try:
+                for number, (block, unit) in enumerate(zip(blocks, units, strict=True)):
+                    before, turn = copied[number % 2], turns[number % 2]
+                    if before is not None:
+                        before.wait()
+                    read_unit(self._reader, unit, turn.memory[: unit.span_bytes])
+                    self._compare(block, parts_of(unit, turn.tensor()))
+                    slot = pool.allocate(unit.span_bytes).tensor(0, unit.span_bytes)
+                    pair = (slot, turn.tensor(0, unit.span_bytes))
+                    copied[number % 2] = self._accelerator.copy([pair], after=()).ended
+                    block.attach(parts_of(unit, slot))
+            finally:  # the staging memory goes
+                for event in copied:
+                    if event is not None:
+                        event.wait()
+
+    def _read_held(self, blocks: Sequence[WeightBlock]) -> HeldUnits | None:
+        if not blocks:
+            return None
+        assert self._accelerator is not None
+        units = [block.unit() for block in blocks]
+
+        def check(index: int, memory: memoryview) -> None:
+            self._compare(blocks[index], parts_of(units[index], torch.frombuffer(memory, dtype=torch.uint8)))
+
+        return HeldUnits(units, self._reader, check=check, pin=self._accelerator.pin)
+
+    def _number(self, streamed: Sequence[WeightBlock], heads: Sequence[Table]) -> None:
+        """Put what goes through the ring into the order of use."""
+        for block in (block for block in streamed if not block.table):
+            self.unit_of[block.name] = len(self._units)
+            self._units.append((block.unit(), block))
+        for head in heads:
+            self.first_tile[head.name] = len(self._units)
+            self._units += [(unit, None) for unit in head.units()]
+
+    def _start_ring(self, depth: int) -> Prefetcher | None:
+        if not self._units:
+            return None
+        units = tuple(unit for unit, _ in self._units)
+        # Reading further ahead than once around would hold blocks twice.
+        plan = LoadPlan(units, min(depth, len(units)))
+        if self._accelerator is not None:
+            self._ring = self._slots(plan.ring_bytes, bounce=not all(map(self.is_held, units)))
+        return Prefetcher(plan, self._reader, self._ring, on_read=self._verify, held=self.held)
+
+    def _start_experts(
+        self, experts: Sequence[ExpertStacks], slots: int, *, ahead: bool
+    ) -> ExpertCache | None:
+        if not experts:
+            return None
+        slot_bytes = max(stacks.expert_bytes for stacks in experts)
+        nbytes = slots * slot_bytes
+        self._expert_pool = StagingPool(nbytes) if self._accelerator is None else self._slots(nbytes)
+        return ExpertCache(
+            self._reader,
+            lambda key: experts[key[0]].expert(key[1]),
+            self._expert_pool,
+            slot_bytes=slot_bytes,
+            slots=slots,
+            ahead=ahead,
+            stats=self._stats,
+        )
+
+    def _slots(self, nbytes: int, *, bounce: bool = True) -> SlotPool:
+        assert self._accelerator is not None
+        return SlotPool(nbytes, self._accelerator, bounce=bounce, reader=self._reader)
+
+    def _compare(self, block: WeightBlock, parts: Sequence[torch.Tensor]) -> None:
+        if self._verify_when != "never":
+            block.verify(parts)
+
+    def _verify(self, unit_index: int, memory: memoryview) -> None:
+        """Compare a block with its checksums when it is read (in the prefetcher's thread)."""
+        unit, block = self._units[unit_index]
+        if block is None or self._verify_when == "never" or unit_index in self._verified:
+            return
+        block.verify(parts_of(unit, torch.frombuffer(memory, dtype=torch.uint8)))
+        if self._verify_when == "first":
+            self._verified.add(unit_index)
+
+
+def close_parts(parts: Sequence[Any]) -> None:
+    """Close what holds threads, files and memory, all of it even when one fails."""
+    errors: list[EndorError] = []
+    for part in parts:
+        try:
+            part.close()
+        except EndorError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
