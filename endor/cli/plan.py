@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.options import SIZE, common_options, depth_option, emit_json, exits_cleanly, format_size, say
-from endor.errors import LoadError
+from endor.cli.options import SIZE, common_options, depth_option, emit_json, exits_cleanly, format_size
+from endor.cli.rates import Given, Links, find_links
+from endor.errors import PlanError
 
 if TYPE_CHECKING:
+    from endor.loaders import Accelerator
     from endor.runtime.planner import Budgets, Plan, Rates
     from endor.runtime.survey import Parts
 
 __all__ = ["command"]
 
 _SHARES = (0, 25, 50, 75, 100)
-_GUESSED_DISK = 2e9
-_GUESSED_LINK = 20e9
-_GUESSED_DEVICE = 400e9
 _TABLE_WIDTH = 110
 
 
@@ -35,11 +34,29 @@ class _Rate(click.ParamType[int]):
         return rate if rate > 0 else self.fail(f"{value!r} is not more than 0 bytes per second", param, ctx)
 
 
+class _Device(click.ParamType[str]):
+    """Where to compute: `auto`, `cpu`, `cuda` or `cuda:N`."""
+
+    name = "auto|cpu|cuda[:N]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
+            return str(value)
+        return self.fail(f"{value!r} is no device; write auto, cpu, cuda or cuda:N", param, ctx)
+
+
 _RATE = _Rate()
 
 
 @click.command("plan", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--device",
+    type=_Device(),
+    default="auto",
+    show_default=True,
+    help="Where to compute; auto takes a GPU if there is one, or if --device-memory is given.",
+)
 @click.option(
     "--host-memory",
     type=SIZE,
@@ -49,25 +66,38 @@ _RATE = _Rate()
 @click.option(
     "--device-memory",
     type=SIZE,
-    help="The same in the memory of a device that has its own; `run-offloaded` does not use one yet.",
+    help="The same in the memory of a GPU, which need not be here.  [default: what fits on the GPU]",
+)
+@click.option(
+    "--context-length",
+    type=click.IntRange(min=1),
+    help="Tokens that a GPU's memory is to have room for, prompt included.  [default: 4096, or the model's]",
 )
 @depth_option
 @click.option("--disk-bandwidth", type=_RATE, help="Of the disk, e.g. 2GB/s.  [default: measured once]")
 @click.option(
+    "--link-bandwidth",
+    type=_RATE,
+    help="From host memory to a GPU, e.g. 25GB/s.  [default: measured once, or guessed without a GPU]",
+)
+@click.option(
     "--memory-bandwidth",
     type=_RATE,
     help="At which compressed weights are decoded and multiplied, e.g. 8GB/s.  "
-    "[default: measured on weights of the model]",
+    "[default: measured on weights of the model; for a GPU guessed]",
 )
 @common_options
 @exits_cleanly
 def command(
     *,
     model: Path,
+    device: str,
     host_memory: int | None,
     device_memory: int | None,
+    context_length: int | None,
     depth: int,
     disk_bandwidth: int | None,
+    link_bandwidth: int | None,
     memory_bandwidth: int | None,
     as_json: bool,
     quiet: bool,
@@ -79,23 +109,54 @@ def command(
     """
     from endor.runtime.survey import survey
 
-    parts = survey(model, dtype=None, matmul="auto")
-    links = _links(model, parts, disk_bandwidth, memory_bandwidth, device_memory, quiet=quiet or as_json)
-    plans = _plans(parts, links.rates, host_memory, device_memory, depth=depth)
+    where = _target(device, device_memory)
+    parts = survey(model, dtype=None, matmul="auto", own_memory=where.own_memory)
+    given = Given(disk=disk_bandwidth, memory=memory_bandwidth, link=link_bandwidth)
+    request = _Request(
+        host_bytes=host_memory,
+        device_bytes=_device_budget(where, parts, device_memory, context_length, depth=depth),
+        context_tokens=parts.context_tokens(context_length) if where.own_memory else 0,
+        depth=depth,
+    )
+    links = find_links(
+        model,
+        parts,
+        given,
+        own_memory=where.own_memory,
+        accelerator=where.accelerator,
+        quiet=quiet or as_json,
+    )
+    plans = _plans(parts, links.rates, request)
     if as_json:
-        emit_json(_to_json(model, parts, links, plans))
+        emit_json(_to_json(model, parts, plans, where=where, links=links, request=request))
     elif host_memory is None:
-        _print_table(plans, links)
+        _print_table(plans, links, where)
     else:
-        _print_plan(plans[0], links)
+        _print_plan(plans[0], links, where)
 
 
 @dataclass(frozen=True)
-class _Links:
-    """Rates, and in words where each is from."""
+class _Target:
+    """Where to compute: on the CPU, on a GPU that is here, or on one that is not."""
 
-    rates: Rates
-    sources: dict[str, str]
+    own_memory: bool
+    accelerator: Accelerator | None = None
+
+    @property
+    def name(self) -> str:
+        if self.accelerator is not None:
+            return f"{self.accelerator.device}, {self.accelerator.name}"
+        return "a GPU that is not here" if self.own_memory else "cpu"
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What to plan for; without `host_bytes` a table of some."""
+
+    host_bytes: int | None
+    device_bytes: int | None
+    context_tokens: int
+    depth: int
 
 
 @dataclass(frozen=True)
@@ -107,17 +168,70 @@ class _Planned:
     plan: Plan
 
 
-def _plans(
-    parts: Parts, rates: Rates, host_memory: int | None, device_memory: int | None, *, depth: int
-) -> list[_Planned]:
+def _target(device: str, device_memory: int | None) -> _Target:
+    """Raises PlanError for a device that is not here, if nobody says how much memory it is to keep."""
+    if device == "cpu" and device_memory is not None:
+        raise PlanError("--device-memory is for a device with its own memory; on the CPU give --host-memory")
+    if device == "cpu":
+        return _Target(own_memory=False)
+    accelerator = _accelerator(device, needed=device_memory is None)
+    return _Target(accelerator is not None or device_memory is not None, accelerator)
+
+
+def _accelerator(device: str, *, needed: bool) -> Accelerator | None:
+    """The device that is here; for `auto` None if there is none, for others as well if it is not `needed`."""
+    import torch
+
+    from endor.loaders import accelerator_for
+
+    if device == "auto" and not torch.cuda.is_available():
+        return None
+    try:
+        return accelerator_for(torch.device("cuda" if device == "auto" else device))
+    except PlanError as error:
+        if needed:
+            hint = "give --device-memory to plan for a machine that has one"
+            raise PlanError(f"{error}, or {hint}") from error
+        return None
+
+
+def _device_budget(
+    where: _Target, parts: Parts, given: int | None, context_length: int | None, *, depth: int
+) -> int | None:
+    """As given, if a device that is here has room for that; otherwise what fits on it."""
+    from endor.runtime.planner import Budgets, check_room, default_device_bytes
+
+    if where.accelerator is None:
+        return given
+    tokens = parts.context_tokens(context_length)
+    free = where.accelerator.free_bytes() - parts.sizes.dense_bytes
+    if given is None:
+        return default_device_bytes(parts.sizes, depth=depth, context_tokens=tokens, free_bytes=free)
+    check_room(
+        parts.sizes,
+        Budgets(0, given),
+        depth=depth,
+        free_bytes=None,
+        context_tokens=tokens,
+        device_free_bytes=free,
+    )
+    return given
+
+
+def _plans(parts: Parts, rates: Rates, request: _Request) -> list[_Planned]:
     from endor.runtime.planner import Budgets, plan
 
-    if host_memory is not None:
-        wanted = {format_size(host_memory): host_memory}
+    if request.host_bytes is not None:
+        wanted = {format_size(request.host_bytes): request.host_bytes}
     else:
-        wanted = {f"{share} %": _share(parts, share) for share in _SHARES} | {"default": _default(parts)}
-    budgets = {label: Budgets(n, device_memory) for label, n in wanted.items()}
-    return [_Planned(label, b, plan(parts.sizes, b, rates, depth=depth)) for label, b in budgets.items()]
+        wanted = {f"{share} %": _share(parts, share) for share in _SHARES}
+        wanted["default"] = _default(parts, own_memory=request.device_bytes is not None)
+    budgets = {label: Budgets(n, request.device_bytes) for label, n in wanted.items()}
+    tokens, depth = request.context_tokens, request.depth
+    return [
+        _Planned(label, b, plan(parts.sizes, b, rates, depth=depth, context_tokens=tokens))
+        for label, b in budgets.items()
+    ]
 
 
 def _share(parts: Parts, percent: int) -> int:
@@ -127,64 +241,19 @@ def _share(parts: Parts, percent: int) -> int:
     return budget if budget >= smallest else 0
 
 
-def _default(parts: Parts) -> int:
+def _default(parts: Parts, *, own_memory: bool) -> int:
     """What `endor.load` takes when nobody says."""
     from endor.runtime.load import default_host_bytes
 
-    return default_host_bytes(to_come=parts.sizes.dense_bytes)
-
-
-# Bandwidths: given, measured, or guessed, and said to be so.
-
-
-def _links(
-    model: Path, parts: Parts, disk: int | None, memory: int | None, device: int | None, *, quiet: bool
-) -> _Links:
-    from endor.runtime.planner import USUAL, Rates
-
-    disk_rate, disk_source = _disk(model, disk, quiet=quiet)
-    kinds: dict[str, float] = {}
-    if memory is not None:
-        work, work_source = float(memory), "given"
-    elif device is not None:
-        work, work_source = _GUESSED_DEVICE, "guessed: a common GPU; give --memory-bandwidth"
-    else:
-        kinds, work_source = _work(parts, quiet=quiet), "measured now on weights of this model"
-        work = min(kinds.values(), default=_GUESSED_LINK)
-    sources = {"disk": disk_source, "work": work_source}
-    if device is None:
-        return _Links(Rates(disk_rate, work, kinds=kinds, overheads=USUAL), sources)
-    sources["copy"] = "guessed: PCI Express 4.0 with 16 lanes"
-    rates = Rates(disk_rate, work, copy_bytes_per_s=_GUESSED_LINK, overheads=USUAL)
-    return _Links(rates, sources)
-
-
-def _disk(model: Path, given: int | None, *, quiet: bool) -> tuple[float, str]:
-    from endor.runtime.bandwidth import cached_bandwidths, machine_bandwidths
-
-    if given is not None:
-        return float(given), "given"
-    found = cached_bandwidths(model)
-    if found is None:
-        say(f"measuring memory and the disk of {model}", quiet=quiet)
-        try:
-            found = machine_bandwidths(model)
-        except LoadError as error:
-            return _GUESSED_DISK, f"guessed, as it cannot be measured ({error}); give --disk-bandwidth"
-    return found.disk.bytes_per_s, f"measured {found.disk.measured}"
-
-
-def _work(parts: Parts, *, quiet: bool) -> dict[str, float]:
-    from endor.runtime.work import measure_work
-
-    say("measuring how fast weights of this model are multiplied", quiet=quiet)
-    return measure_work(parts, matmul="auto")
+    return default_host_bytes(to_come=0 if own_memory else parts.sizes.dense_bytes)
 
 
 # What is printed.
 
 
-def _to_json(model: Path, parts: Parts, links: _Links, plans: list[_Planned]) -> dict[str, Any]:
+def _to_json(
+    model: Path, parts: Parts, plans: list[_Planned], *, where: _Target, links: Links, request: _Request
+) -> dict[str, Any]:
     rates = links.rates
     bandwidth: dict[str, Any] = {
         "disk": {"bytes_per_s": rates.disk_bytes_per_s, "source": links.sources["disk"]},
@@ -199,6 +268,8 @@ def _to_json(model: Path, parts: Parts, links: _Links, plans: list[_Planned]) ->
     return {
         "model": str(model),
         "bytes": parts.sizes.nbytes,
+        "device": where.name,
+        "context_tokens": request.context_tokens,
         "bandwidth": bandwidth,
         "plans": [_plan_to_json(planned) for planned in plans],
     }
@@ -207,8 +278,9 @@ def _to_json(model: Path, parts: Parts, links: _Links, plans: list[_Planned]) ->
 def _plan_to_json(planned: _Planned) -> dict[str, Any]:
     decision, timing = planned.plan.decision, planned.plan.timing
     memory = asdict(decision.memory) | {"total": decision.memory.total}
-    if decision.host_memory is not None:
-        memory["host"] = decision.host_memory.total
+    host = decision.host_memory
+    if host is not None:
+        memory["host"] = host.total
     return {
         "label": planned.label,
         "host_memory": planned.budgets.host_bytes,
@@ -217,6 +289,7 @@ def _plan_to_json(planned: _Planned) -> dict[str, Any]:
         "expert_slots": decision.expert_slots,
         "bytes_per_token": asdict(planned.plan.traffic),
         "memory": memory,
+        "pinned_memory": None if host is None else asdict(host) | {"total": host.total},
         "seconds_per_token": {
             "read": timing.read_s,
             "copy": timing.copy_s,
@@ -229,39 +302,52 @@ def _plan_to_json(planned: _Planned) -> dict[str, Any]:
     }
 
 
-def _print_table(plans: list[_Planned], links: _Links) -> None:
+def _print_table(plans: list[_Planned], links: Links, where: _Target) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     table.add_column("to keep", style="bold", no_wrap=True)
-    for name in ("bytes", "blocks kept", "from disk/token", "memory", "tokens/s", "bound by"):
+    rows = [_table_row(planned, own_memory=where.own_memory) for planned in plans]
+    for name in rows[0]:
         table.add_column(name, justify="right", no_wrap=True)
-    for planned in plans:
-        decision, plan = planned.plan.decision, planned.plan
-        counts = decision.placement.counts()
-        table.add_row(
-            planned.label,
-            format_size(planned.budgets.host_bytes),
-            f"{counts['device'] + counts['host']} of {sum(counts.values())}",
-            format_size(plan.traffic.disk),
-            format_size(decision.memory.total),
-            f"{plan.timing.tokens_per_s:.2f}",
-            plan.timing.bound,
-        )
+    for planned, row in zip(plans, rows, strict=True):
+        table.add_row(planned.label, *row.values())
     _show(table)
-    for name, text in _link_rows(links):
+    for name, text in (*_device_rows(where), *links.rows()):
         click.echo(f"{name}: {text}")
 
 
-def _print_plan(planned: _Planned, links: _Links) -> None:
+def _table_row(planned: _Planned, *, own_memory: bool) -> dict[str, str]:
+    """Cells by column."""
+    plan, decision = planned.plan, planned.plan.decision
+    counts, host = decision.placement.counts(), decision.host_memory
+    total = sum(counts.values())
+    row = {"bytes": format_size(planned.budgets.host_bytes)}
+    if own_memory:
+        row |= {"on device": f"{counts['device']} of {total}", "in memory": str(counts["host"])}
+    else:
+        row |= {"blocks kept": f"{counts['host']} of {total}"}
+    row |= {"from disk/token": format_size(plan.traffic.disk)}
+    if host is not None:
+        row |= {"device memory": format_size(decision.memory.total), "pinned": format_size(host.total)}
+    else:
+        row |= {"memory": format_size(decision.memory.total)}
+    return row | {"tokens/s": f"{plan.timing.tokens_per_s:.2f}", "bound by": plan.timing.bound}
+
+
+def _print_plan(planned: _Planned, links: Links, where: _Target) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in (*_plan_rows(planned.plan), *_link_rows(links)):
+    for name, text in (*_device_rows(where), *_plan_rows(planned.plan), *links.rows()):
         table.add_row(name, text)
     _show(table)
+
+
+def _device_rows(where: _Target) -> list[tuple[str, str]]:
+    return [("device", where.name)] if where.own_memory else []
 
 
 def _show(table: Any) -> None:
@@ -279,7 +365,10 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
     rows = [
         ("blocks", ", ".join([*kept, f"{counts['host']} in memory", f"{counts['disk']} streamed from disk"])),
         ("per token", ", ".join(f"{format_size(n)} from {t}" for t, n in moved.items() if n or t == "disk")),
-        ("memory", _memory_text(asdict(decision.memory), decision.memory.total)),
+        (
+            "memory of the device" if decision.host_memory else "memory",
+            _memory_text(asdict(decision.memory), decision.memory.total),
+        ),
         (
             "seconds per token",
             f"read {timing.read_s:.4f}, "
@@ -299,18 +388,3 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
 def _memory_text(parts: dict[str, int], total: int) -> str:
     named = ", ".join(f"{name} {format_size(n)}" for name, n in parts.items() if n)
     return f"{format_size(total)}: {named}" if named else format_size(total)
-
-
-def _link_rows(links: _Links) -> list[tuple[str, str]]:
-    rates = links.rates
-    work = ", ".join(f"{rate / 1e9:.2f} GB/s {kind}" for kind, rate in sorted(rates.kinds.items()))
-    rows = [
-        ("disk", f"{rates.disk_bytes_per_s / 1e9:.2f} GB/s, {links.sources['disk']}"),
-        (
-            "decode and compute",
-            f"{work or f'{rates.work_bytes_per_s / 1e9:.2f} GB/s'}, {links.sources['work']}",
-        ),
-    ]
-    if "copy" in links.sources:
-        rows.append(("to the device", f"{rates.copy_bytes_per_s / 1e9:.2f} GB/s, {links.sources['copy']}"))
-    return rows

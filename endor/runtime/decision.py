@@ -71,6 +71,9 @@ class Decision:
 def decide(sizes: ModelSizes, budgets: Budgets, *, depth: int, context_tokens: int = 0) -> Decision:
     """Share out the memory: blocks first, since every token needs all of each; then tables, then experts.
 
+    On a device a table that is a head too comes before the blocks: every token needs all of it as well, and
+    the rest of it would come from disk, where blocks have the host's memory.
+
     Args:
         depth: units that are read ahead.
         context_tokens: that a device has to have room for; a CPU's memory is not planned for them.
@@ -78,11 +81,16 @@ def decide(sizes: ModelSizes, budgets: Budgets, *, depth: int, context_tokens: i
     Raises PlanError for a budget that holds nothing and is not 0; the message says what would do.
     """
     own_memory = budgets.device_bytes is not None
-    here = budgets.host_bytes if budgets.device_bytes is None else budgets.device_bytes
+    left = budgets.host_bytes if budgets.device_bytes is None else budgets.device_bytes
+    heads, left = _dense_tables([t for t in sizes.tables if t.tiles] if own_memory else [], left)
+    if own_memory:
+        smallest = min((block.whole.nbytes for block in sizes.blocks), default=0)
+        budgets = replace(budgets, device_bytes=0 if heads and left < smallest else left)
     placement = _placed(sizes, budgets, depth=depth)
     near = placement.device if own_memory else placement.host
-    left = here - sum(sizes.blocks[i].whole.nbytes for i in near)
-    dense, left = _dense_tables(sizes.tables, left)
+    left -= sum(sizes.blocks[i].whole.nbytes for i in near)
+    others, left = _dense_tables([t for t in sizes.tables if t.name not in heads], left)
+    dense = heads | others
     slots = _expert_slots(sizes.experts, left, depth=depth)
     memory = _memory(sizes, placement, dense, slots, own_memory, depth=depth)
     if not own_memory:

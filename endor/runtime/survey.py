@@ -31,8 +31,19 @@ from endor.runtime.sliced import SlicedWeight
 from endor.runtime.slices import ExpertStacks, Table, open_rows
 from endor.runtime.streaming import WeightBlock
 
-__all__ = ["ContextSizes", "Parts", "context_sizes", "find_parts", "kind_of", "matrix_of", "survey"]
+__all__ = [
+    "USUAL_CONTEXT_TOKENS",
+    "ContextSizes",
+    "Parts",
+    "context_sizes",
+    "find_parts",
+    "kind_of",
+    "matrix_of",
+    "survey",
+]
 
+USUAL_CONTEXT_TOKENS = 4096
+"""Where nobody says how many: what most prompts and answers stay below."""
 _TILE_BYTES = 16 << 20
 """Of a head, where no block says what is usual: requests of this size reach the disk's full speed."""
 _HIDDEN_TENSORS = 8
@@ -51,12 +62,19 @@ class Parts:
         tables: embeddings, with tiles if they are heads too.
         experts: of each Mixture-of-Experts layer.
         sizes: of all these, in the same order.
+        longest_context: tokens that the model can do, if its config says so.
     """
 
     blocks: tuple[WeightBlock, ...]
     tables: tuple[Table, ...]
     experts: tuple[ExpertStacks, ...]
     sizes: ModelSizes
+    longest_context: int | None = None
+
+    def context_tokens(self, wanted: int | None) -> int:
+        """Tokens that there has to be room for: as wanted, or a usual number; no more than the model can."""
+        tokens = USUAL_CONTEXT_TOKENS if wanted is None else wanted
+        return tokens if self.longest_context is None else min(tokens, self.longest_context)
 
 
 def survey(
@@ -98,7 +116,8 @@ def find_parts(
     tables = tuple(_table(checkpoint, name, w, tile_bytes) for name, w in installed.tables.items())
     experts = tuple(_experts(checkpoint, installed.experts))
     matmul = "decode" if own_memory else matmul
-    context = context_sizes(model.config.get_text_config(), model.dtype)
+    config = model.config.get_text_config()
+    context = context_sizes(config, model.dtype)
     sizes = ModelSizes(
         tuple(_block_size(block, matmul) for block in blocks),
         tuple(_table_size(table, matmul) for table in tables),
@@ -108,7 +127,7 @@ def find_parts(
         context.activation_bytes_per_token,
         context.logits_bytes,
     )
-    return Parts(blocks, tables, experts, sizes)
+    return Parts(blocks, tables, experts, sizes, _number(config, "max_position_embeddings") or None)
 
 
 def kind_of(layout: TensorLayout) -> str:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from endor.errors import LoadError
+from endor.errors import LoadError, PlanError
+from endor.loaders import BlockingAccelerator
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 GIVEN = ("--disk-bandwidth", "1MB/s", "--memory-bandwidth", "1 GB / s")
@@ -130,3 +132,166 @@ def test_directory_without_a_model_is_an_error(run_command: Run, tmp_path: Path)
     done = run_command("endor", "plan", tmp_path, *GIVEN)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
+
+
+# A device with its own memory: one that is here, or one that is not.
+
+
+class Card(BlockingAccelerator):
+    """Host memory that is called a GPU's."""
+
+    name = "a card"
+
+    def __init__(self, free_bytes: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self._free_bytes = free_bytes
+
+    def free_bytes(self) -> int:
+        return self._free_bytes
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], Card]:
+    """Puts a GPU with so much free memory into this machine, and forgets what was measured here."""
+
+    def insert(free_bytes: int) -> Card:
+        found = Card(free_bytes)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("endor.loaders.accelerator_for", lambda _: found)
+        return found
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("endor.runtime.bandwidth._COPIED_BYTES", 4 << 20)
+    return insert
+
+
+RATES = ("--disk-bandwidth", "1GB/s", "--link-bandwidth", "20GB/s", "--memory-bandwidth", "400GB/s")
+
+
+def test_a_device_that_is_here_keeps_what_fits_beside_the_context(
+    run_command: Run, demo_checkpoint: Path, card: Callable[[int], Card]
+) -> None:
+    card((256 << 20) + (64 << 20))
+    found = planned(run_command, demo_checkpoint, "--host-memory", "0", *RATES)
+    assert found["device"] == "cpu, a card"
+    (plan,) = found["plans"]
+    assert plan["placement"]["device"] > 0 == plan["placement"]["disk"]
+    assert plan["memory"]["cache"] > 0 < plan["memory"]["activations"]
+    parts = {part: n for part, n in plan["memory"].items() if part not in ("total", "host")}
+    assert plan["memory"]["total"] == sum(parts.values())
+    assert plan["pinned_memory"]["total"] == plan["memory"]["host"] == 0
+    assert plan["bound"] == "work"
+
+
+def test_context_length_is_what_keys_and_values_have_room_for(
+    run_command: Run, demo_checkpoint: Path, card: Callable[[int], Card]
+) -> None:
+    card(1 << 30)
+    arguments = (demo_checkpoint, "--host-memory", "0", *RATES)
+    one, two = (planned(run_command, *arguments, "--context-length", n) for n in ("1", "2"))
+    assert (one["context_tokens"], two["context_tokens"]) == (1, 2)
+    assert two["plans"][0]["memory"]["cache"] == 2 * one["plans"][0]["memory"]["cache"]
+    usual = planned(run_command, *arguments)["context_tokens"]
+    assert (
+        usual == planned(run_command, *arguments, "--context-length", "1000000")["context_tokens"]
+    )  # the most
+
+
+def test_a_device_that_is_too_small_is_an_error_that_says_what_would_do(
+    run_command: Run, demo_checkpoint: Path, card: Callable[[int], Card]
+) -> None:
+    card(1 << 20)
+    done = run_command("endor", "plan", demo_checkpoint, *RATES)
+    assert done.returncode == 1
+    assert "bytes of device memory are needed, " in done.stderr
+    assert "bytes are needed, with device_memory=0, depth=0" in done.stderr
+    done = run_command("endor", "plan", demo_checkpoint, "--device-memory", "0", *RATES)
+    assert done.returncode == 1  # given or not
+    assert "bytes of device memory are needed, " in done.stderr
+
+
+def test_cpu_is_taken_where_it_is_asked_for_though_there_is_a_device(
+    run_command: Run, demo_checkpoint: Path, card: Callable[[int], Card]
+) -> None:
+    card(1 << 30)
+    found = planned(run_command, demo_checkpoint, "--device", "cpu", "--host-memory", "0", *GIVEN)
+    assert (found["device"], found["context_tokens"]) == ("cpu", 0)
+    assert found["plans"][0]["pinned_memory"] is None
+    done = run_command("endor", "plan", demo_checkpoint, "--device", "cpu", "--device-memory", "1GB")
+    assert done.returncode == 1
+    assert "on the CPU give --host-memory" in done.stderr
+
+
+def test_link_of_a_device_that_is_here_is_measured_once(
+    run_command: Run, demo_checkpoint: Path, card: Callable[[int], Card], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(1 << 30)
+    monkeypatch.setattr("endor.runtime.bandwidth._OWN_FILE_BYTES", 8 << 20)
+    first = run_command("endor", "plan", demo_checkpoint)
+    assert first.returncode == 0
+    assert "measuring the link to a card" in first.stderr
+    assert "measuring the link" not in run_command("endor", "plan", demo_checkpoint).stderr
+    found = planned(run_command, demo_checkpoint)["bandwidth"]
+    assert found["copy"]["source"].startswith("measured 20")
+    assert found["work"]["source"].startswith("guessed: as fast as the device copies, measured 20")
+
+
+def test_link_that_cannot_be_measured_is_guessed_in_words(
+    run_command: Run, demo_checkpoint: Path, card: Callable[[int], Card], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PlanError("no memory can be pinned")
+
+    monkeypatch.setattr(card(1 << 30), "pin", refuse)
+    monkeypatch.setattr("endor.runtime.bandwidth._OWN_FILE_BYTES", 8 << 20)
+    found = planned(run_command, demo_checkpoint, "--disk-bandwidth", "1GB")["bandwidth"]
+    reason = "guessed, as it cannot be measured (no memory can be pinned); give --link-bandwidth"
+    assert found["copy"] == {"bytes_per_s": 20e9, "source": reason}
+    assert found["work"]["source"] == "guessed: a common GPU; give --memory-bandwidth"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_device_that_is_not_here_needs_its_memory_named(
+    run_command: Run, demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = run_command("endor", "plan", demo_checkpoint, "--device", device, *RATES)
+    assert done.returncode == 1
+    assert "there is no CUDA device on this machine" in done.stderr
+    assert "give --device-memory to plan for a machine that has one" in done.stderr
+    found = planned(
+        run_command,
+        demo_checkpoint,
+        "--device",
+        device,
+        "--device-memory",
+        "0",
+        "--host-memory",
+        "1GB",
+        *RATES,
+    )
+    assert found["device"] == "a GPU that is not here"
+    assert found["bandwidth"]["copy"] == {"bytes_per_s": 20e9, "source": "given"}
+    assert found["plans"][0]["bound"] in ("copy", "work")
+    assert found["plans"][0]["pinned_memory"]["resident"] > 0
+
+
+def test_table_of_a_device_has_both_memories(run_command: Run, demo_checkpoint: Path) -> None:
+    done = run_command("endor", "plan", demo_checkpoint, "--device-memory", "0", *RATES)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    expected = "to keep bytes on device in memory from disk/token device memory pinned tokens/s bound by"
+    assert " ".join(lines[0].split()) == expected
+    assert lines[7:] == [
+        "device: a GPU that is not here",
+        "disk: 1.00 GB/s, given",
+        "decode and compute: 400.00 GB/s, given",
+        "to the device: 20.00 GB/s, given",
+    ]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "mps"])
+def test_device_that_is_none_is_a_usage_error(run_command: Run, demo_checkpoint: Path, device: str) -> None:
+    done = run_command("endor", "plan", demo_checkpoint, "--device", device)
+    assert done.returncode == 2
+    assert "write auto, cpu, cuda or cuda:N" in done.stderr

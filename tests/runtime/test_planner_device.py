@@ -90,6 +90,19 @@ def test_tiles_of_a_tied_head_that_is_not_dense_come_from_disk() -> None:
     assert (dense.memory.dense, dense.memory.ring, dense.host_memory.total) == (42 * MIB, 0, 0)
 
 
+def test_tied_head_is_kept_before_blocks_which_host_memory_can_hold() -> None:
+    tied = TableSize("embed", 40 * MIB, 40 * MIB, 4096, (piece(40 * MIB),))
+    rows = TableSize("rows", 5 * MIB, 5 * MIB, 4096)
+    sizes = replace(EIGHT, tables=(rows, tied))
+    found = decide(sizes, Budgets(80 * MIB, 50 * MIB), depth=1)
+    assert (found.dense_tables, len(found.placement.device)) == ({"embed"}, 1)
+    assert decide(sizes, Budgets(80 * MIB, 45 * MIB), depth=1).dense_tables == {"embed", "rows"}
+    assert decide(sizes, Budgets(80 * MIB, 45 * MIB), depth=1).placement.device == ()
+    small = decide(sizes, Budgets(80 * MIB, 35 * MIB), depth=1)
+    assert (small.dense_tables, len(small.placement.device)) == ({"rows"}, 3)
+    assert decide(sizes, Budgets(50 * MIB), depth=1).placement.counts()["host"] == 5  # a CPU: bytes are bytes
+
+
 def test_head_in_host_memory_is_copied_whole_and_read_from_disk_in_tiles() -> None:
     head = BlockSize("head", piece(40 * MIB), tuple(piece(10 * MIB) for _ in range(4)))
     sizes = replace(EIGHT, blocks=(*EIGHT.blocks, head))
