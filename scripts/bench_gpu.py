@@ -1,387 +1,284 @@
-"""Speed of the GPU kernels in one run: decoding, products from packed weights, and streaming over the link.
+"""Speed on a GPU in one run of under eight minutes: kernels, and a 13 B model streamed against accelerate.
 
-    python scripts/bench_gpu.py [--json FILE] [--dry-run]
+    python scripts/bench_gpu.py [--json FILE] [--parts stream,decode] [--dry-run]
 
-Needs a CUDA device and Triton, takes a few minutes, installs and downloads nothing. First everything is
-checked against the reference; a wrong bit ends the run before any speed is shown. Bounds are measured in the
-same run: copying within the device (bytes read plus bytes written), and copying from pinned memory to it.
-Times are medians of CUDA events, with the second-level cache overwritten before each.
+Needs a CUDA device, Triton, transformers and accelerate. Runs from a checkout, installs and downloads
+nothing.
 
-- decode: GB/s read plus written, and its share of the copy bandwidth; one matrix alone, and a whole block of
-  a 13 B Llama in a `DecodeGroup`;
-- matmul: milliseconds of `F.linear` with the dense weight (cuBLAS), of decoding first, and straight from the
-  sections, for 1, 4 and 16 rows of x;
-- stream: blocks of that Llama, packed in pinned memory, copied to two slots on a stream of their own and
-  decoded from there; seconds per block beside those that the link alone needs, and decoding's share.
+First the gate, per codec: every kernel gives the reference's bits, every product is float32 sums rounded
+once; a small model, streamed from host memory and from disk, makes the tokens and logits of the same model
+resident on the device, and the tokens of the dense one. A codec that fails gets no speed. Then, in this
+order:
 
-`--dry-run` goes through all of it with tiny matrices, on the CPU if TRITON_INTERPRET=1: it shows that the
-script works, and its times mean nothing.
+- bounds: copying within the device (bytes read plus written), and from pinned memory to it; each part
+  measures its own bound again;
+- stream: a Llama of 13 B parameters with random weights (as many of its layers as memory holds), 25 % of the
+  compressed bytes on the device, the rest in pinned memory: tokens/s against accelerate's `cpu_offload` of
+  the dense model, and what the link allows. One layer's weights stand under all names, each in memory of its
+  own;
+- decode: GB/s read plus written of a matrix, and of a whole layer in a `DecodeGroup`;
+- matmul: straight from packed weights and by decoding first, against dense cuBLAS, 1, 4 and 16 rows of x;
+- ring: layers copied to two slots and decoded there, without a model;
+- disk: fewer layers, nothing in host memory, the page cache emptied before each token, against accelerate's
+  `disk_offload`.
+
+Each part is a process of its own, so that none can harm another. What there is no time or room for is skipped
+and said to be. Temporary files go to /dev/shm where memory is ample, those of `disk` to the temporary folder;
+`--directory` puts all of them elsewhere. They are removed at the end, after Ctrl-C and SIGTERM too.
+
+`--dry-run` goes through all of it with tiny models, on the CPU if TRITON_INTERPRET=1: it shows that the
+script works, and its times mean nothing. Exits with 1 if a part failed or the gate was red, with 2 where it
+cannot run.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import shutil
+import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
+import bench_gpu_path
 import torch
-import torch.nn.functional as F
+from bench_gpu_kernels import (
+    CODECS,
+    bench_bounds,
+    bench_decode,
+    bench_matmul,
+    bench_ring,
+    gate_kernels,
+)
+from bench_gpu_models import dense_bytes, packed_bytes
+from bench_gpu_parts import Deadline, Outcome, Part, Running, Settings, main_of_part, run_here
+from bench_gpu_report import as_json, compare_logits, figures, show
+from bench_gpu_stream import LLAMA_13B, bench_accelerate, bench_endor, gate_model
 
-from bench_common import environment, environment_line, median, print_table, write_json
-from endor.formats.layout import SECTION_ALIGNMENT_BYTES, align_up
-from endor.formats.packed import PackedTensor
-from endor.kernels import decode, encode
+from bench_common import environment, environment_line, write_json
 from endor.kernels.triton_backend import is_interpreted
+from endor.loaders import available_bytes
 
-if TYPE_CHECKING:
-    from endor.kernels.triton_launch import DecodeGroup
-
-CODECS = ("raw", "exponent", "int8", "int4")
-LLAMA_13B_BLOCK = (*((5120, 5120),) * 4, (13824, 5120), (13824, 5120), (5120, 13824))
-GB = 1e9
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How large everything is."""
-
-    decode_shape: tuple[int, int] = (4096, 11008)
-    matmul_shapes: tuple[tuple[int, int], ...] = ((4096, 11008), (8192, 28672))
-    block: tuple[tuple[int, int], ...] = LLAMA_13B_BLOCK
-    x_rows: tuple[int, ...] = (1, 4, 16)
-    copy_bytes: int = 2 << 30
-    blocks: int = 24
-    turns: int = 15
+GROUPS = ("bounds", "stream", "decode", "matmul", "ring", "disk")
+DISK_LAYERS = 8
+"""Of the model that is streamed from disk: accelerate reads two thirds of a GB for each, for every token."""
+_SLACK_BYTES = 6 << 30
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a folder in memory, and one of our own is made in it
 
 
-TINY = Scale((2, 300), ((2, 300),), ((2, 300), (1, 300)), (1, 2), 1 << 16, 3, 1)
+def _gate(settings: Settings, _: Deadline, *, codec: str) -> Iterator[dict[str, Any]]:
+    yield from gate_kernels(settings, codec)
+    yield from gate_model(settings, codec)
 
 
-@dataclass(frozen=True)
-class Clock:
-    """Times work on one device."""
-
-    device: torch.device
-    turns: int
-    _flush: list[torch.Tensor] = field(default_factory=list)
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        """Median seconds of `run`, whose operands are in no cache."""
-        run()
-        return median(self._turn(run) for _ in range(self.turns))
-
-    def _turn(self, run: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            began = time.perf_counter()
-            run()
-            return time.perf_counter() - began
-        if not self._flush:
-            self._flush.append(torch.empty(256 << 20, dtype=torch.uint8, device=self.device))
-        self._flush[0].zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop)) / 1e3
+def _endor(codec: str, tier: str, tokens: int) -> Part:
+    run = partial(bench_endor, codec=codec, tier=tier, tokens=tokens)
+    group = "stream" if tier == "host" else tier
+    return Part(f"{group}-{codec}", run, needs_s=30, limit_s=90, codec=codec, streams=True)
 
 
-def pruned(shape: tuple[int, int], device: torch.device, seed: int = 0) -> torch.Tensor:
-    """Normally distributed bf16, the smaller half of each row zeroed."""
-    generator = torch.Generator(device).manual_seed(seed)
-    weight = torch.randn(shape, generator=generator, device=device) * 0.02
-    limit = weight.abs().median(dim=1, keepdim=True).values
-    return torch.where(weight.abs() >= limit, weight, 0.0).bfloat16()
+def _accelerate(tier: str, tokens: int) -> Part:
+    run = partial(bench_accelerate, tier=tier, tokens=tokens)
+    return Part(f"{'stream' if tier == 'host' else tier}-accelerate", run, needs_s=30, limit_s=90)
 
 
-# ── correctness ─────────────────────────────────────────────────────────────────────────────────────────────
+GATES = tuple(Part(f"gate-{c}", partial(_gate, codec=c), needs_s=0, limit_s=170, codec=c) for c in CODECS)
+PARTS = (
+    Part("bounds", bench_bounds, needs_s=10, limit_s=40),
+    _endor("exponent", "host", 26),
+    _accelerate("host", 6),
+    _endor("raw", "host", 26),
+    Part("decode", bench_decode, needs_s=15, limit_s=45),
+    Part("matmul", bench_matmul, needs_s=20, limit_s=75),
+    Part("ring", bench_ring, needs_s=15, limit_s=45),
+    _endor("exponent", "disk", 8),
+    _accelerate("disk", 5),
+    _endor("int4", "host", 26),
+    _endor("raw", "disk", 8),
+)
 
 
-def check(device: torch.device, scale: Scale) -> None:
-    """Raises AssertionError unless every codec decodes to the reference's bits and multiplies well."""
-    weight = pruned(scale.block[-1], device)
-    for codec in CODECS:
-        packed = encode(weight, values=codec, mask="bitmap", backend="reference")
-        expected = decode(packed, backend="reference")
-        assert _same_bits(decode(packed, backend="triton"), expected), f"{codec}: wrong bits"
-        if codec in {"raw", "exponent"}:
-            assert _same_bits(expected, weight), f"{codec}: not lossless"
-        for rows in scale.x_rows:
-            check_product(packed, expected, rows)
+# ── room ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_product(packed: PackedTensor, dense: torch.Tensor, rows: int) -> None:
-    """Raises AssertionError unless a product is float32 sums, rounded to bf16 once."""
-    from endor.kernels import triton_matmul
+def fitting_layers(*, memory_bytes: int, folder_bytes: int, in_memory: bool) -> int:
+    """Layers of the 13 B model, at most all, that the host holds for every contender.
 
-    x = torch.randn(rows, dense.shape[1], device=dense.device).bfloat16()
-    y = triton_matmul.linear(x, packed)
-    assert y is not None, f"{packed.layout.codec}: no product"
-    exact = x.double() @ dense.double().T
-    size = (x.double().square() @ dense.double().square().T).sqrt()
-    bound = 8 * 2**-23 * x.shape[1] ** 0.5 * size + 2**-8 * exact.abs()
-    assert ((y.double() - exact).abs() <= bound).all(), f"{packed.layout.codec}: a product is wrong"
+    Args:
+        memory_bytes: that are free.
+        folder_bytes: that are free where the checkpoint is written.
+        in_memory: whether that is in memory too.
+    """
 
+    def fits(layers: int) -> bool:
+        packed = packed_bytes(LLAMA_13B, layers, "raw")
+        needed = max(dense_bytes(LLAMA_13B, layers), packed * (2 if in_memory else 1)) + _SLACK_BYTES
+        return needed <= 0.9 * memory_bytes and packed <= 0.95 * folder_bytes
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.view(torch.int16), b.view(torch.int16))
-
-
-# ── bounds ──────────────────────────────────────────────────────────────────────────────────────────────────
+    return next((layers for layers in range(LLAMA_13B.layers, 0, -1) if fits(layers)), 0)
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """What the machine can do; bytes per second."""
-
-    copy: float
-    link: float
-
-    @classmethod
-    def measured(cls, clock: Clock, scale: Scale) -> Bounds:
-        source = torch.zeros(scale.copy_bytes, dtype=torch.uint8, device=clock.device)
-        target = torch.empty_like(source)
-        copy_s = clock(partial(target.copy_, source))
-        host = pinned(scale.copy_bytes, clock.device)
-        link_s = clock(partial(target.copy_, host, non_blocking=True))
-        return cls(2 * scale.copy_bytes / copy_s, scale.copy_bytes / link_s)
+def fitting_disk_layers(folder_bytes: int) -> int:
+    """Layers of the model that is streamed from disk, at most `DISK_LAYERS`."""
+    fitting = (n for n in range(DISK_LAYERS, 0, -1) if dense_bytes(LLAMA_13B, n) <= 0.95 * folder_bytes)
+    return next(fitting, 0)
 
 
-def pinned(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Zeroed host memory that the device can copy from by itself."""
-    return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+def folders(stack: ExitStack, directory: Path | None) -> tuple[Path, Path]:
+    """For models in host memory, and for those on disk; both are removed with the stack."""
+    disk = directory or _temporary_folder()
+    memory = disk
+    if directory is None and _SHARED_MEMORY.is_dir() and not _is_in_memory(disk):
+        free = min(shutil.disk_usage(_SHARED_MEMORY).free, available_bytes() or 0)
+        if free > 2 * packed_bytes(LLAMA_13B, LLAMA_13B.layers, "raw") + _SLACK_BYTES:
+            memory = _SHARED_MEMORY
+    made = [Path(tempfile.mkdtemp(prefix="endor-bench-gpu-", dir=parent)) for parent in (memory, disk)]
+    for folder in made:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    return made[0], made[1]
 
 
-# ── decode ──────────────────────────────────────────────────────────────────────────────────────────────────
+def _temporary_folder() -> Path:
+    """Python's, or another one if that is in memory."""
+    usual = Path(tempfile.gettempdir())
+    others = [Path("/var/tmp"), Path.home(), Path.cwd()]  # noqa: S108 - as above
+    on_disk = (f for f in (usual, *others) if f.is_dir() and os.access(f, os.W_OK) and not _is_in_memory(f))
+    return next(on_disk, usual)
 
 
-def bench_decode(clock: Clock, scale: Scale, bounds: Bounds) -> Iterator[dict[str, Any]]:
-    """One line per codec and mask for a matrix alone, then for a block."""
-    from endor.kernels.triton_launch import launch_decode, new_status
-
-    weight = pruned(scale.decode_shape, clock.device)
-    out, status = torch.empty_like(weight), new_status(clock.device)
-    for codec, mask in ((c, m) for m in ("bitmap", "dense") for c in CODECS if (c, m) != ("raw", "dense")):
-        packed = encode(weight, values=codec, mask=mask, backend="reference")
-        taken = clock(partial(launch_decode, packed, 0, packed.layout.geometry.row_blocks, out, status))
-        moved = packed.layout.nbytes + packed.layout.dense_bytes
-        yield _decode_line("matrix", codec, mask, moved, taken, bounds)
-    for codec in CODECS:
-        ring = Ring(scale, codec, clock.device)
-        taken = clock(ring.groups[0].launch)
-        ring.groups[0].raise_for()
-        moved = sum(p.layout.nbytes + p.layout.dense_bytes for p in ring.packed)
-        yield _decode_line("block", codec, "bitmap", moved, taken, bounds)
+def _is_in_memory(folder: Path) -> bool:
+    """Whether a folder lies on a file system without a disk."""
+    real, found = str(folder.resolve()), ("", "")
+    mounts = Path("/proc/mounts")
+    for line in mounts.read_text().splitlines() if mounts.exists() else ():
+        _, place, kind, *_ = line.split()
+        if (real + "/").startswith(place.rstrip("/") + "/") and len(place) >= len(found[0]):
+            found = (place, kind)
+    return found[1] in {"tmpfs", "ramfs"}
 
 
-def _decode_line(  # noqa: PLR0917 - one call per line of a table
-    what: str, codec: str, mask: str, moved: int, taken: float, bounds: Bounds
-) -> dict[str, Any]:
-    rate = moved / taken
-    return {
-        "what": what,
-        "codec": codec,
-        "mask": mask,
-        "ms": 1e3 * taken,
-        "bytes_per_s": rate,
-        "of_copy": rate / bounds.copy,
-    }
+# ── running ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── matmul ──────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class Run:
+    """The parts, one after the other; `outcomes` has all of them, also those that were not begun.
 
+    Attributes:
+        isolated: each part in a process of its own.
+        deadline: of everything.
+    """
 
-def bench_matmul(clock: Clock, scale: Scale) -> Iterator[dict[str, Any]]:
-    """One line per shape, number of rows and contender."""
-    from endor.kernels import triton_matmul
-    from endor.kernels.triton_launch import new_status
+    settings: Settings
+    isolated: bool
+    deadline: float
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
 
-    status = new_status(clock.device)
-    for shape in scale.matmul_shapes:
-        weight = pruned(shape, clock.device)
-        first = partial(decode_first, torch.empty_like(weight), status)
-        weights = {c: encode(weight, values=c, mask="bitmap", backend="reference") for c in CODECS}
-        for rows in scale.x_rows:
-            x = torch.randn(rows, shape[1], device=clock.device).bfloat16()
-            dense_s = clock(partial(F.linear, x, weight))
-            yield _matmul_line(shape, rows, "dense", dense_s, dense_s)
-            for codec, packed in weights.items():
-                tile = triton_matmul.tune(packed, rows, clock)
-                fused = partial(triton_matmul.linear, x, packed, status=status)
-                yield _matmul_line(shape, rows, f"decode {codec}", clock(partial(first, packed, x)), dense_s)
-                yield _matmul_line(shape, rows, codec, clock(fused), dense_s) | {"tile": str(tile)}
-
-
-def decode_first(
-    scratch: torch.Tensor, status: torch.Tensor, packed: PackedTensor, x: torch.Tensor
-) -> torch.Tensor:
-    """What a product costs without a kernel of its own."""
-    from endor.kernels.triton_launch import launch_decode
-
-    launch_decode(packed, 0, packed.layout.geometry.row_blocks, scratch, status)
-    return F.linear(x, scratch)
-
-
-def _matmul_line(
-    shape: tuple[int, int], rows: int, what: str, taken: float, dense_s: float
-) -> dict[str, Any]:
-    return {
-        "shape": list(shape),
-        "rows": rows,
-        "what": what,
-        "ms": 1e3 * taken,
-        "times_dense": dense_s / taken,
-    }
-
-
-# ── stream ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Ring:
-    """A packed block in pinned memory, and two slots on the device that it is copied to and decoded from."""
-
-    def __init__(self, scale: Scale, codec: str, device: torch.device) -> None:
-        self.device = device
-        self.packed = [
-            encode(pruned(shape, device, seed), values=codec, mask="bitmap", backend="reference")
-            for seed, shape in enumerate(scale.block)
-        ]
-        self.nbytes = sum(
-            align_up(section.nbytes, SECTION_ALIGNMENT_BYTES)
-            for packed in self.packed
-            for section in packed.sections.values()
-        )
-        self.host = pinned(self.nbytes, device)
-        self.slots = [torch.zeros(self.nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
-        self.out = [torch.empty(p.layout.shape, dtype=p.layout.dtype, device=device) for p in self.packed]
-        for source, target in zip(self.packed, self.placed(self.host), strict=True):
-            for name, section in source.sections.items():
-                target.sections[name].copy_(section)
-        for slot in self.slots:
-            slot.copy_(self.host)
-
-    def placed(self, arena: torch.Tensor) -> list[PackedTensor]:
-        """The block's tensors with their sections in `arena`, one behind the other."""
-        placed, at = [], 0
-        for packed in self.packed:
-            sections = {}
-            for name, section in packed.sections.items():
-                memory = arena[at : at + section.nbytes]
-                sections[name] = memory.view(section.dtype).view(section.shape)
-                at += align_up(section.nbytes, SECTION_ALIGNMENT_BYTES)
-            placed.append(PackedTensor(packed.layout, sections))
-        return placed
-
-    @cached_property
-    def groups(self) -> list[DecodeGroup]:
-        """Decoding from each slot, to the same memory: who used a block is done when the next one comes."""
-        from endor.kernels.triton_launch import DecodeGroup
-
-        return [DecodeGroup(list(zip(self.placed(slot), self.out, strict=True))) for slot in self.slots]
-
-    def run(self, blocks: int) -> None:
-        """Stream the block so many times: copies on a stream of their own, a slot guarded by two events."""
-        if self.device.type != "cuda":
-            for number in range(blocks):
-                self.slots[number % 2].copy_(self.host)
-                self.groups[number % 2].launch()
+    def gate(self) -> None:
+        """All codecs side by side: it takes long for what is compiled, and nothing is timed."""
+        if not self.isolated:
+            for part in GATES:
+                self._note(part, run_here(part, self.settings, Deadline(self.deadline)))
             return
-        copies, decodes = torch.cuda.Stream(), torch.cuda.current_stream()
-        copies.wait_stream(decodes)
-        freed: list[Any] = [None, None]
-        for number in range(blocks):
-            slot = number % 2
-            with torch.cuda.stream(copies):
-                if freed[slot] is not None:
-                    copies.wait_event(freed[slot])
-                self.slots[slot].copy_(self.host, non_blocking=True)
-                arrived = copies.record_event()
-            decodes.wait_event(arrived)
-            self.groups[slot].launch()
-            freed[slot] = decodes.record_event()
+        with ExitStack() as stack:
+            running = [stack.enter_context(closing(self._start(part))) for part in GATES]
+            for each in running:
+                self._note(each.part, each.outcome())
+
+    def measure(self, part: Part, missing: str | None) -> None:
+        """One part, unless something is missing for it, the gate is red for it or its time is over."""
+        reason = missing or self._withheld(part)
+        left_s = self.deadline - time.time()
+        if reason is None and left_s < part.needs_s:
+            reason = f"it needs {part.needs_s:.0f} s, {max(left_s, 0):.0f} s of the time for all are left"
+        if reason is not None:
+            self._note(part, Outcome(skipped=[f"all of it: {reason}"]))
+            return
+        settings = replace(self.settings, codecs=tuple(c for c in CODECS if self.passed(c, "kernels")))
+        if not self.isolated:
+            self._note(part, run_here(part, settings, Deadline(self.deadline)))
+            return
+        with closing(self._start(part, settings)) as running:
+            self._note(part, running.outcome())
+
+    def passed(self, codec: str, step: str) -> bool:
+        """Whether the gate's step, `kernels` or `model`, is green for a codec."""
+        return any(line["step"] == step for line in self.outcomes[f"gate-{codec}"].lines)
+
+    def lines(self, group: str) -> list[dict[str, Any]]:
+        """Of all parts of a group, in order."""
+        names = [name for name in self.outcomes if name.partition("-")[0] == group]
+        return [line for name in names for line in self.outcomes[name].lines]
+
+    def _withheld(self, part: Part) -> str | None:
+        step = "model" if part.streams else "kernels"
+        if part.codec is not None and not self.passed(part.codec, step):
+            return f"withheld, the gate is red for {part.codec}"
+        kernels = part.name in {"decode", "matmul", "ring"}
+        if kernels and not any(self.passed(codec, "kernels") for codec in CODECS):
+            return "withheld, the gate is red for every codec"
+        return None
+
+    def _start(self, part: Part, settings: Settings | None = None) -> Running:
+        command = [sys.executable, __file__]
+        # A process needs some time to say how far it came.
+        at, folder = self.deadline - 8, Path(self.settings.folder)
+        return Running(part, settings or self.settings, at, command=command, folder=folder)
+
+    def _note(self, part: Part, outcome: Outcome) -> None:
+        self.outcomes[part.name] = outcome
+        state = outcome.error or ("; ".join(outcome.skipped) if outcome.skipped else "done")
+        print(f"{part.name}: {outcome.seconds:.0f} s, {state}"[:160], file=sys.stderr, flush=True)
 
 
-def bench_stream(clock: Clock, scale: Scale, bounds: Bounds) -> Iterator[dict[str, Any]]:
-    """One line per codec: seconds per block, and those that the link and decoding would take alone."""
-    for codec in CODECS:
-        ring = Ring(scale, codec, clock.device)
-        decode_s = clock(ring.groups[0].launch)
-        taken = clock(partial(ring.run, scale.blocks)) / scale.blocks
-        for group, placed in zip(ring.groups, map(ring.placed, ring.slots), strict=True):
-            group.raise_for()
-            for packed, out in zip(placed, ring.out, strict=True):
-                assert _same_bits(out, decode(packed, backend="reference")), f"{codec}: wrong bits in a slot"
-        link_s = ring.nbytes / bounds.link
-        yield {
-            "codec": codec,
-            "launches": ring.groups[0].launches,
-            "block_bytes": ring.nbytes,
-            "ms": 1e3 * taken,
-            "link_ms": 1e3 * link_s,
-            "decode_ms": 1e3 * decode_s,
-            "of_link": link_s / taken,
-            "decode_share": decode_s / taken,
-        }
+def missing_for(part: Part, settings: Settings) -> str | None:
+    """Why this machine has no room for a part."""
+    group = part.name.partition("-")[0]
+    if group == "stream" and not settings.dry_run and settings.layers < 1:
+        return "memory or disk hold not one layer of the model; --directory names another folder"
+    if group == "disk" and not settings.dry_run and settings.disk_layers < 1:
+        return "the disk holds not one layer of the model; --directory names another folder"
+    if group == "disk" and not settings.dry_run and _is_in_memory(Path(settings.disk)):
+        return f"{settings.disk} lies in memory; --directory names a folder on a disk"
+    return None
 
 
-# ── output ──────────────────────────────────────────────────────────────────────────────────────────────────
+def report_of(run: Run, notes: Iterable[str]) -> dict[str, Any]:
+    """Everything, as it goes into the JSON file."""
+    settings, device = run.settings, run.settings.torch_device
+    report: dict[str, Any] = {
+        "environment": environment(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "dry_run": settings.dry_run,
+        "layers": {"stream": settings.layers, "disk": settings.disk_layers},
+        "notes": list(notes),
+        "parts": {
+            name: {"seconds": o.seconds, "skipped": o.skipped, "error": o.error, "trace": o.trace}
+            for name, o in run.outcomes.items()
+        },
+        **{group: run.lines(group) for group in ("gate", *GROUPS)},
+    }
+    for tier in ("stream", "disk"):
+        report[tier] = compare_logits(report[tier])
+    report["figures"] = as_json(figures(report))
+    return report
 
 
-def show(report: dict[str, Any]) -> None:
-    bounds = report["bounds"]
-    print(
-        f"device copy {bounds['copy'] / GB:.0f} GB/s read plus written, link {bounds['link'] / GB:.1f} GB/s\n"
-    )
-    print_table(
-        ["decode", "codec", "mask", "ms", "GB/s", "of copy"],
-        [
-            (
-                r["what"],
-                r["codec"],
-                r["mask"],
-                f"{r['ms']:.3f}",
-                f"{r['bytes_per_s'] / GB:.0f}",
-                f"{r['of_copy']:.2f}",
-            )
-            for r in report["decode"]
-        ],
-    )
-    print()
-    print_table(
-        ["matmul", "rows", "shape", "ms", "times dense"],
-        [
-            (
-                r["what"],
-                str(r["rows"]),
-                "x".join(map(str, r["shape"])),
-                f"{r['ms']:.3f}",
-                f"{r['times_dense']:.2f}",
-            )
-            for r in report["matmul"]
-        ],
-    )
-    print()
-    print_table(
-        ["stream", "MB per block", "ms per block", "link alone", "of link", "decode share", "launches"],
-        [
-            (
-                r["codec"],
-                f"{r['block_bytes'] / 1e6:.0f}",
-                f"{r['ms']:.2f}",
-                f"{r['link_ms']:.2f}",
-                f"{r['of_link']:.1%}",
-                f"{r['decode_share']:.1%}",
-                str(r["launches"]),
-            )
-            for r in report["stream"]
-        ],
-    )
+def has_failed(report: dict[str, Any]) -> bool:
+    """Whether a part failed, the gate's among them, or a model's logits were wrong."""
+    lines = [*report["stream"], *report["disk"]]
+    return any(part["error"] for part in report["parts"].values()) or any("error" in line for line in lines)
+
+
+# ── command line ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def lacking(*, dry_run: bool) -> str | None:
@@ -395,43 +292,89 @@ def lacking(*, dry_run: bool) -> str | None:
     return "no CUDA device; --dry-run with TRITON_INTERPRET=1 checks the script itself"
 
 
-def run(device: torch.device, scale: Scale) -> dict[str, Any]:
-    """Everything, or AssertionError before the first speed."""
-    check(device, scale)
-    clock = Clock(device, scale.turns)
-    bounds = Bounds.measured(clock, scale)
-    return {
-        "environment": environment(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "bounds": vars(bounds),
-        "decode": list(bench_decode(clock, scale, bounds)),
-        "matmul": list(bench_matmul(clock, scale)),
-        "stream": list(bench_stream(clock, scale, bounds)),
-    }
-
-
-def main() -> None:
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dry-run", action="store_true", help="tiny matrices: whether the script works")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    args = parser.parse_args()
-    reason = lacking(dry_run=args.dry_run)
+    add = parser.add_argument
+    add("--parts", default=",".join(GROUPS), help=f"some of {', '.join(GROUPS)}; the gate is always first")
+    add("--minutes", type=float, default=7.5, help="in all; what does not fit is skipped")
+    add("--directory", type=Path, help="for temporary files")
+    add("--layers", type=int, help="of the streamed model (default: all 40, or what memory and disk hold)")
+    add("--dry-run", action="store_true", help="tiny models: whether the script works")
+    add("--isolate", action="store_true", help="a process for each part in a dry run too")
+    add("--json", type=Path, metavar="FILE", help="write the results to this file")
+    for name in ("--task", "--result"):  # for processes of its own
+        add(name, type=Path, help=argparse.SUPPRESS)
+    add("--part", choices=[part.name for part in (*GATES, *PARTS)], help=argparse.SUPPRESS)
+    arguments = parser.parse_args(words)
+    arguments.parts = tuple(arguments.parts.split(","))
+    if unknown := set(arguments.parts) - set(GROUPS):
+        parser.error(f"unknown parts: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+    return arguments
+
+
+def settings_for(arguments: argparse.Namespace, memory: Path, disk: Path) -> tuple[Settings, list[str]]:
+    """What the parts are told, and what has to be said about it."""
+    fits = fitting_layers(
+        memory_bytes=available_bytes() or 0,
+        folder_bytes=shutil.disk_usage(memory).free,
+        in_memory=_is_in_memory(memory),
+    )
+    layers = fits if arguments.layers is None else arguments.layers
+    disk_layers = fitting_disk_layers(shutil.disk_usage(disk).free)
+    notes = [f"models in {memory.parent}, on disk in {disk.parent}"]
+    if not arguments.dry_run:
+        notes.append("one layer's random weights stand under the names of all layers")
+        notes.append(f"from disk, {disk_layers} of 40 layers")
+        if layers < LLAMA_13B.layers:
+            notes.append(f"from pinned memory, only {layers} of 40 layers: memory and disk hold no more")
+    device = "cpu" if is_interpreted() else "cuda"
+    settings = Settings(device, arguments.dry_run, str(memory), str(disk), layers, disk_layers, tuple(CODECS))
+    return settings, notes
+
+
+def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The gate, the parts that were chosen, the report; leaves no files."""
+    began = time.time()
+    with ExitStack() as stack:
+        settings, notes = settings_for(arguments, *folders(stack, arguments.directory))
+        # Tiles that were found fastest in another run, or that are in this one, are nobody else's business.
+        os.environ["XDG_CACHE_HOME"] = str(Path(settings.folder) / "cache")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        isolated = arguments.isolate or not arguments.dry_run
+        run = Run(settings, isolated, deadline=began + 60 * arguments.minutes)
+        run.gate()
+        for part in PARTS:
+            if part.name.partition("-")[0] in arguments.parts:
+                run.measure(part, missing_for(part, settings))
+        report = report_of(run, notes)
+    return report | {"seconds": time.time() - began}
+
+
+def _on_sigterm(_number: int, _frame: object) -> NoReturn:
+    raise SystemExit(143)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = parse(words)
+    if arguments.part:
+        part = next(part for part in (*GATES, *PARTS) if part.name == arguments.part)
+        return main_of_part(part, arguments.task, arguments.result)
+    reason = lacking(dry_run=arguments.dry_run)
     if reason is not None:
         print(f"bench_gpu: {reason}", file=sys.stderr)
-        raise SystemExit(2)
-    device = torch.device("cpu" if is_interpreted() else "cuda")
+        return 2
+    signal.signal(signal.SIGTERM, _on_sigterm)  # leaves `with`, as Ctrl-C does
     print(environment_line(), flush=True)
-    began = time.perf_counter()
-    report = run(device, TINY if args.dry_run else Scale())
-    report["seconds"] = time.perf_counter() - began
+    report = run_all(arguments)
+    if arguments.json:
+        write_json(arguments.json, report)
     show(report)
     where = report["gpu"] or "dry run on the CPU: these times mean nothing"
-    print(f"\n{where}, {report['seconds']:.0f} s in all")
-    if args.json:
-        write_json(args.json, report)
+    print(f"\n{where}, {report['seconds']:.0f} s in all; endor from {bench_gpu_path.CHECKOUT}")
+    return 1 if has_failed(report) else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
