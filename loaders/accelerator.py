@@ -146,8 +146,8 @@ class CudaAccelerator:
     """A CUDA (or ROCm) device, through torch."""
 
     def __init__(self, device: torch.device) -> None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device("cuda", index)
+        index: int | None = device.index  # torch's types say that it never is None
+        self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self._copies = torch.cuda.Stream(self.device)
 
     @property

@@ -149,12 +149,12 @@ def _is_writable(flight: Flight) -> bool:
 
 def _submit(flight: Flight, reader: Reader) -> None:
     try:
-        if flight.source is None and not flight.cancelled:
+        ops = zip(flight.unit.ops, flight.unit.op_offsets, strict=True) if flight.source is None else ()
+        for op, start in ops:
             flight.buffer.wait_writable()
-            for op, start in zip(flight.unit.ops, flight.unit.op_offsets, strict=True):
-                if flight.cancelled:
-                    break
-                flight.tickets.append(flight.buffer.submit(reader, op, start))
+            if flight.cancelled:
+                break
+            flight.tickets.append(flight.buffer.submit(reader, op, start))
     except BaseException as error:  # noqa: BLE001 - a thread's boundary: it is raised again where the unit is acquired
         flight.error = error
         flight.cancelled = True

@@ -82,7 +82,7 @@ class SlotBuffer(Buffer):
 
     def read_bytes(self, length_bytes: int) -> memoryview:
         if self._pool.into_slots is not None:
-            return memoryview(self.tensor(0, length_bytes).cpu().numpy())
+            return self.tensor(0, length_bytes).cpu().numpy().data
         return super().read_bytes(length_bytes)
 
     def land(self, length_bytes: int, source: torch.Tensor | None = None) -> None:

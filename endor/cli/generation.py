@@ -30,6 +30,7 @@ class SessionOptions:
     top_p: float
     seed: int
     device: str
+    device_memory: int | None
     host_memory: int | None
     reader: str
     depth: int
@@ -50,6 +51,7 @@ class Generation:
     first_token_seconds: float
     stats: RunStats
     peak_host_bytes: int
+    peak_device_bytes: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,7 +69,7 @@ class Generation:
             "first_token_seconds": self.first_token_seconds,
             "bytes": self.stats.bytes_by_tier(),
             "time": self.stats.seconds_by_part(),
-            "peak_memory": {"host": self.peak_host_bytes, "device": 0},
+            "peak_memory": {"host": self.peak_host_bytes, "device": self.peak_device_bytes},
             "placement": runtime.placement.counts(),
             "reader": runtime.reader.name,
             "kernel": runtime.kernel,
@@ -77,10 +79,19 @@ class Generation:
 class Session:
     """A loaded model and tokenizer; a context manager that ends the streaming.
 
+    Args:
+        directory: of the checkpoint.
+        options: see there.
+        prompt: what will be continued, so that a GPU's memory is planned for as many tokens; None for a
+            conversation, whose length nobody knows.
+        quiet: no notes.
+
     Raises LoadError, FormatError or PlanError when the model cannot be loaded.
     """
 
-    def __init__(self, directory: Path, options: SessionOptions, *, quiet: bool) -> None:
+    def __init__(
+        self, directory: Path, options: SessionOptions, *, prompt: str | None = None, quiet: bool
+    ) -> None:
         self.options = options
         transformers.utils.logging.set_verbosity_error()
         say(f"loading {directory}", quiet=quiet)
@@ -88,10 +99,14 @@ class Session:
         self._trace = Trace() if options.trace else None
         if self._trace is not None and options.trace is not None:
             self._trace.save(options.trace)  # a file that cannot be written is found now, not afterwards
+        # A missing directory is refused in the words of `load`, and an unusable tokenizer after that.
+        tokenizer = self._find_tokenizer(directory)
         self.model = load(
             directory,
             device=options.device,
+            device_memory=options.device_memory,
             host_memory=options.host_memory,
+            context_length=self._context_length(tokenizer, prompt),
             reader=options.reader,
             depth=options.depth,
             dtype=options.dtype,
@@ -105,18 +120,31 @@ class Session:
             raise PlanError(
                 f"{directory}: a {type(self.model).__name__} makes no text; use endor.load from Python"
             )
-        self.tokenizer = self._load_tokenizer(directory)
+        if isinstance(tokenizer, LoadError):
+            self.runtime.close()
+            raise tokenizer
+        self.tokenizer = tokenizer
         say(f"loaded in {perf_counter() - began:.1f} s: {_describe(self.runtime)}", quiet=quiet)
 
-    def _load_tokenizer(self, directory: Path) -> Any:
+    @staticmethod
+    def _find_tokenizer(directory: Path) -> Any:
+        """The tokenizer, or the error to raise when the model turns out to be there."""
+        if not directory.is_dir():  # transformers would look for it on the hub
+            return LoadError(f"{directory}: no such directory")
         try:
             return transformers.AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError, KeyError) as error:
-            self.runtime.close()
             reason = str(error).strip().split("\n", 1)[0]
-            raise LoadError(
+            found = LoadError(
                 f"{directory}: no usable tokenizer ({reason}); copy the source model's tokenizer files there"
-            ) from error
+            )
+            found.__cause__ = error
+            return found
+
+    def _context_length(self, tokenizer: Any, prompt: str | None) -> int | None:
+        if prompt is None or isinstance(tokenizer, LoadError):
+            return None
+        return len(tokenizer(prompt)["input_ids"]) + self.options.max_new_tokens
 
     def __enter__(self) -> Self:
         return self
@@ -151,7 +179,7 @@ class Session:
                 f"{ids.shape[1]} prompt tokens and --max-new-tokens {self.options.max_new_tokens} are more "
                 f"than the {limit} positions of this model; shorten the prompt or ask for fewer"
             )
-        return ids.to(torch.int64)
+        return ids.to(self.runtime.device, torch.int64)
 
     def generate(self, ids: torch.Tensor, *, echo: bool) -> Generation:
         """Continue `ids`, int64 [1, tokens]; with `echo` the text goes to stdout as it is made."""
@@ -174,6 +202,7 @@ class Session:
             first_token_seconds=first_seconds[0],
             stats=self.runtime.stats() - before,
             peak_host_bytes=self.runtime.peak_anonymous_bytes,
+            peak_device_bytes=self.runtime.peak_device_bytes,
         )
 
     @contextmanager
@@ -220,7 +249,8 @@ class _Echo(transformers.TextStreamer):
 def _describe(runtime: Runtime) -> str:
     tiers = runtime.placement.counts()
     dense = format_size(runtime.dense_bytes)
-    text = f"{tiers['host']} blocks in memory, {tiers['disk']} streamed, {dense} dense"
+    near = f"{tiers['device']} blocks on {runtime.device}, " if runtime.device.type != "cpu" else ""
+    text = f"{near}{tiers['host']} blocks in memory, {tiers['disk']} streamed, {dense} dense"
     if runtime.in_parts:
         text += f", {runtime.in_parts}"
     if runtime.streamed_bytes:

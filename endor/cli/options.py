@@ -50,6 +50,20 @@ class Size(click.ParamType[int]):
 SIZE = Size()
 
 
+class Device(click.ParamType[str]):
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)) is None:
+            self.fail(f"{value!r} is no device; write auto, cpu, cuda or cuda:N", param, ctx)
+        return str(value)
+
+
+DEVICE = Device()
+
+
 def format_size(n_bytes: float) -> str:
     """Bytes for people: `1.2 GB`, `34.5 MB`, `678 B`."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -74,6 +74,9 @@ def _time(generation: Generation) -> list[tuple[str, str, str]]:
         ("outside the model", f"{other:.3f} s", f"{100 * other / total:.0f} % of the time: sampling, text")
     )
     rows.append(("read", f"{parts['read']:.3f} s", "in the background"))
+    if parts["copy"]:
+        rate = (generation.stats.disk_bytes + generation.stats.host_bytes) / parts["copy"] / 1e9
+        rows.append(("copy", f"{parts['copy']:.3f} s", f"to the device, in the background, {rate:.1f} GB/s"))
     return rows
 
 
@@ -81,12 +84,13 @@ def _memory(generation: Generation, runtime: Runtime) -> list[tuple[str, str, st
     decoding, _, products = runtime.kernel.rstrip(")").partition(" (matmul: ")
     sizes = {"ring": runtime.ring_bytes, "resident": runtime.resident_bytes, "dense": runtime.dense_bytes}
     parts = ", ".join(f"{name} {format_size(n)}" for name, n in sizes.items())
+    parts += f", scratch {format_size(runtime.scratch_bytes)}"
+    own_memory = runtime.device.type != "cpu"
+    pinned = f"pinned {format_size(runtime.pinned_bytes)}" if own_memory else parts
+    device = (f"peak on {runtime.device}", format_size(generation.peak_device_bytes), parts)
     return [
-        (
-            "peak memory",
-            format_size(generation.peak_host_bytes),
-            f"{parts}, scratch {format_size(runtime.scratch_bytes)}",
-        ),
+        ("peak memory", format_size(generation.peak_host_bytes), pinned),
+        *([device] if own_memory else []),
         ("reader", runtime.reader.name, runtime.reader_reason),
         ("kernel", decoding, f"products straight from packed weights: {products}" if products else ""),
     ]

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.options import SIZE, common_options, depth_option, emit_json, exits_cleanly, say
+from endor.cli.options import (
+    DEVICE,
+    SIZE,
+    common_options,
+    depth_option,
+    emit_json,
+    exits_cleanly,
+    say,
+)
 from endor.errors import LoadError
 
 if TYPE_CHECKING:
@@ -60,15 +68,22 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 )
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu"]),
+    type=DEVICE,
     default="auto",
     show_default=True,
-    help="Where to compute.",
+    metavar="[auto|cpu|cuda[:N]]",
+    help="Where to compute; auto takes a GPU if there is one.",
+)
+@click.option(
+    "--device-memory",
+    type=SIZE,
+    help="Bytes of compressed blocks to keep in the memory of a GPU, e.g. 8GiB; 0 keeps none.  "
+    "[default: what fits beside everything else]",
 )
 @click.option(
     "--host-memory",
     type=SIZE,
-    help="Bytes of compressed blocks to keep in memory, e.g. 8GiB; 0 streams every block.  "
+    help="Bytes of compressed blocks to keep in memory, e.g. 8GiB; 0 streams every block from disk.  "
     "[default: what fits in 70 % of free memory]",
 )
 @click.option(
@@ -126,7 +141,7 @@ def command(
     if chat and (as_json or prompt is not None or prompt_file is not None):
         raise click.UsageError("--chat is interactive: it takes no --prompt, --prompt-file or --json")
     text = None if chat else _read_prompt(prompt, prompt_file)
-    with _session(model, quiet=quiet, options=options) as session:
+    with _session(model, text, quiet=quiet, options=options) as session:
         if text is None:
             _converse(session, stats=stats)
         else:
@@ -162,11 +177,11 @@ def _read_stdin() -> str:
 
 
 @contextmanager
-def _session(model: Path, *, quiet: bool, options: dict[str, Any]) -> Iterator[Session]:
+def _session(model: Path, text: str | None, *, quiet: bool, options: dict[str, Any]) -> Iterator[Session]:
     from endor.cli.generation import Session, SessionOptions
 
     options["dtype"] = _dtype(options["dtype"])
-    with Session(model, SessionOptions(**options), quiet=quiet) as session:
+    with Session(model, SessionOptions(**options), prompt=text, quiet=quiet) as session:
         yield session
 
 

@@ -103,6 +103,8 @@ def load(
         _check_room(checkpoint)
         installed = install_weights(model, checkpoint, device=where)
         check_complete(model, Path(directory))
+        if accelerator is not None:
+            move_dense(model, accelerator.device)
         host_bytes = default_host_bytes() if host_memory is None else host_memory
         parts = find_parts(model, installed, checkpoint, matmul=matmul, own_memory=accelerator is not None)
         if accelerator is None:
@@ -127,7 +129,7 @@ def load(
             weight.use_scratch(scratch)
             weight.use_matmul(matmul)
         if accelerator is not None:
-            move_dense(model, accelerator.device)
+            move_dense(model, accelerator.device)  # embeddings that stay
         Runtime(
             model,
             list(plan.blocks),

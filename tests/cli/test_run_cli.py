@@ -246,7 +246,9 @@ def test_a_model_without_tokenizer_says_so(run_command: Run, demo_checkpoint: Pa
         ["M", "--prompt", "a", "--max-new-tokens", "0"],
         ["M", "--prompt", "a", "--temperature", "-1"],
         ["M", "--prompt", "a", "--top-p", "0"],
-        ["M", "--prompt", "a", "--device", "cuda"],
+        ["M", "--prompt", "a", "--device", "tpu"],
+        ["M", "--prompt", "a", "--device", "cuda:one"],
+        ["M", "--prompt", "a", "--device-memory", "many"],
         ["M", "--prompt", "a", "--no-such-option"],
     ],
     ids=" ".join,
@@ -255,6 +257,21 @@ def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 2
     assert "Error:" in result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there_is_refused_in_words(demo_checkpoint: Path) -> None:
+    result = CliRunner().invoke(command, [str(demo_checkpoint), "--prompt", "a", "--device", "cuda"])
+    assert result.exit_code == 1
+    assert "there is no CUDA device on this machine" in result.output
+    assert "use device cpu" in result.output
+
+
+def test_device_memory_without_a_device_is_refused_in_words(demo_checkpoint: Path) -> None:
+    arguments = [str(demo_checkpoint), "--prompt", "a", "--device", "cpu", "--device-memory", "1MB"]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 1
+    assert "host_memory" in result.output
 
 
 def test_ctrl_c_ends_generation_with_130_and_no_traceback(demo_checkpoint: Path, repository: Path) -> None:
