@@ -140,7 +140,9 @@ def test_directory_without_a_model_is_an_error(run_command: Run, tmp_path: Path)
 class Card(BlockingAccelerator):
     """Host memory that is called a GPU's."""
 
-    name = "a card"
+    @property
+    def name(self) -> str:
+        return "a card"
 
     def __init__(self, free_bytes: int) -> None:
         super().__init__(torch.device("cpu"))

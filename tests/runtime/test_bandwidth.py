@@ -180,13 +180,16 @@ def test_folder_that_may_not_be_written_says_what_to_name_instead() -> None:
 class Device(BlockingAccelerator):
     """Host memory that is called a device's, with copies that take as long as somebody says."""
 
-    name = "a card"
-
-    def __init__(self, *, link: float = 20e9, within: float = 400e9) -> None:
+    def __init__(self, name: str = "a card", *, link: float = 20e9, within: float = 400e9) -> None:
         super().__init__(torch.device("cpu"))
+        self._name = name
         self.rates = (link, within)
         self.pinned: list[int] = []
         self.copies: list[tuple[int, bool]] = []
+
+    @property
+    def name(self) -> str:
+        return self._name
 
     def pin(self, memory: torch.Tensor) -> Callable[[], None]:
         self.pinned.append(memory.data_ptr())
@@ -244,8 +247,7 @@ def test_copies_of_a_real_device_of_torch_have_a_rate() -> None:
 
 
 def test_link_is_remembered_by_device(tmp_path: Path, cache: Path, measurements: list[Path]) -> None:
-    device, faster = Device(), Device(link=50e9)
-    faster.name = "a faster card"
+    device, faster = Device(), Device("a faster card", link=50e9)
     first = machine_bandwidths(tmp_path, cache=cache, accelerator=device)
     assert first.link is not None
     measured = len(device.copies)
