@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from endor.cli.options import SIZE, common_options, depth_option, emit_json, exits_cleanly, format_size
+from endor.cli.options import (
+    DEVICE,
+    SIZE,
+    common_options,
+    depth_option,
+    emit_json,
+    exits_cleanly,
+    format_size,
+)
 from endor.cli.rates import Given, Links, find_links
 from endor.errors import PlanError
 
@@ -34,17 +42,6 @@ class _Rate(click.ParamType[int]):
         return rate if rate > 0 else self.fail(f"{value!r} is not more than 0 bytes per second", param, ctx)
 
 
-class _Device(click.ParamType[str]):
-    """Where to compute: `auto`, `cpu`, `cuda` or `cuda:N`."""
-
-    name = "auto|cpu|cuda[:N]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
-            return str(value)
-        return self.fail(f"{value!r} is no device; write auto, cpu, cuda or cuda:N", param, ctx)
-
-
 _RATE = _Rate()
 
 
@@ -52,9 +49,10 @@ _RATE = _Rate()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--device",
-    type=_Device(),
+    type=DEVICE,
     default="auto",
     show_default=True,
+    metavar="[auto|cpu|cuda[:N]]",
     help="Where to compute; auto takes a GPU if there is one, or if --device-memory is given.",
 )
 @click.option(
@@ -225,7 +223,7 @@ def _plans(parts: Parts, rates: Rates, request: _Request) -> list[_Planned]:
         wanted = {format_size(request.host_bytes): request.host_bytes}
     else:
         wanted = {f"{share} %": _share(parts, share) for share in _SHARES}
-        wanted["default"] = _default(parts, own_memory=request.device_bytes is not None)
+        wanted["default"] = _default(parts, request)
     budgets = {label: Budgets(n, request.device_bytes) for label, n in wanted.items()}
     tokens, depth = request.context_tokens, request.depth
     return [
@@ -241,11 +239,16 @@ def _share(parts: Parts, percent: int) -> int:
     return budget if budget >= smallest else 0
 
 
-def _default(parts: Parts, *, own_memory: bool) -> int:
+def _default(parts: Parts, request: _Request) -> int:
     """What `endor.load` takes when nobody says."""
     from endor.runtime.load import default_host_bytes
+    from endor.runtime.planner import default_pinned_bytes
 
-    return default_host_bytes(to_come=0 if own_memory else parts.sizes.dense_bytes)
+    if request.device_bytes is None:
+        return default_host_bytes(to_come=parts.sizes.dense_bytes)
+    return default_pinned_bytes(
+        parts.sizes, request.device_bytes, depth=request.depth, free_bytes=default_host_bytes()
+    )
 
 
 # What is printed.

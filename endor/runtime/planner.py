@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from endor.runtime.decision import Decision, Memory, decide
 from endor.runtime.prediction import USUAL, USUAL_DEVICE, Overheads, Plan, Rates, Timing, Traffic, predict
-from endor.runtime.room import check_room, default_device_bytes
+from endor.runtime.room import check_room, default_device_bytes, default_pinned_bytes
 from endor.runtime.sizes import BlockSize, Budgets, ExpertSize, ModelSizes, Piece, TableSize
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "check_room",
     "decide",
     "default_device_bytes",
+    "default_pinned_bytes",
     "plan",
     "predict",
 ]

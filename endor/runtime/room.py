@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from endor.errors import PlanError
@@ -14,6 +15,7 @@ __all__ = [
     "DEVICE_MARGIN_SHARE",
     "check_room",
     "default_device_bytes",
+    "default_pinned_bytes",
     "device_margin",
 ]
 
@@ -66,6 +68,20 @@ def default_device_bytes(sizes: ModelSizes, *, depth: int, context_tokens: int, 
             f"{_device_advice(sizes, depth=depth, context_tokens=context_tokens, free_bytes=free_bytes)}"
         )
     return fits
+
+
+def default_pinned_bytes(sizes: ModelSizes, device_bytes: int, *, depth: int, free_bytes: int) -> int:
+    """The largest budget for blocks in pinned host memory with which the bounce buffers fit as well.
+
+    Args:
+        device_bytes: the device's budget.
+        depth: units that are read ahead.
+        free_bytes: of host memory, that all of this may take.
+
+    Gives 0 if nothing fits: `check_room` says so where it matters.
+    """
+    budgets = Budgets(_everything(sizes), device_bytes)
+    return _fitting_host(sizes, budgets, depth=depth, free_bytes=free_bytes) or 0
 
 
 def check_room(
@@ -160,18 +176,8 @@ def _check_pinned(
     """The host's memory, if weights are used on a device."""
     if pinned.total <= free_bytes:
         return
-
-    def decided(host_bytes: int, depth: int = depth) -> Decision:
-        return decide(sizes, Budgets(host_bytes, budgets.device_bytes), depth=depth)
-
-    fits = _fitting(
-        sizes,
-        budgets.host_bytes,
-        decided,
-        needed=lambda decision: _host_total(decision) - free_bytes,
-        used=lambda decision, _: sum(sizes.blocks[i].whole.nbytes for i in decision.placement.host),
-    )
-    least = _host_total(decided(0, depth=0))
+    fits = _fitting_host(sizes, budgets, depth=depth, free_bytes=free_bytes)
+    least = _host_total(decide(sizes, replace(budgets, host_bytes=0), depth=0))
     advice = (
         f"at least {least} bytes are needed, with host_memory=0 and depth=0; more device_memory, if there is"
         " any, leaves less to stream"
@@ -181,6 +187,17 @@ def _check_pinned(
     raise PlanError(
         f"{pinned.total} bytes of pinned host memory are needed, {free_bytes} are free: bounce ring "
         f"{pinned.ring}, resident {pinned.resident}, experts {pinned.experts}; {advice}"
+    )
+
+
+def _fitting_host(sizes: ModelSizes, budgets: Budgets, *, depth: int, free_bytes: int) -> int | None:
+    """The largest budget of the host, from this one down, that fits beside a device's; None if none does."""
+    return _fitting(
+        sizes,
+        budgets.host_bytes,
+        lambda host_bytes: decide(sizes, replace(budgets, host_bytes=host_bytes), depth=depth),
+        needed=lambda decision: _host_total(decision) - free_bytes,
+        used=lambda decision, _: sum(sizes.blocks[i].whole.nbytes for i in decision.placement.host),
     )
 
 

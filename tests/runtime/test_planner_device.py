@@ -22,6 +22,7 @@ from endor.runtime.planner import (
     check_room,
     decide,
     default_device_bytes,
+    default_pinned_bytes,
 )
 from endor.runtime.room import DEVICE_MARGIN_BYTES, DEVICE_MARGIN_SHARE, device_margin
 from endor.runtime.survey import context_sizes
@@ -95,11 +96,13 @@ def test_tied_head_is_kept_before_blocks_which_host_memory_can_hold() -> None:
     rows = TableSize("rows", 5 * MIB, 5 * MIB, 4096)
     sizes = replace(EIGHT, tables=(rows, tied))
     found = decide(sizes, Budgets(80 * MIB, 50 * MIB), depth=1)
-    assert (found.dense_tables, len(found.placement.device)) == ({"embed"}, 1)
+    assert found.dense_tables == {"embed"}
+    assert len(found.placement.device) == 1
     assert decide(sizes, Budgets(80 * MIB, 45 * MIB), depth=1).dense_tables == {"embed", "rows"}
     assert decide(sizes, Budgets(80 * MIB, 45 * MIB), depth=1).placement.device == ()
     small = decide(sizes, Budgets(80 * MIB, 35 * MIB), depth=1)
-    assert (small.dense_tables, len(small.placement.device)) == ({"rows"}, 3)
+    assert small.dense_tables == {"rows"}
+    assert len(small.placement.device) == 3
     assert decide(sizes, Budgets(50 * MIB), depth=1).placement.counts()["host"] == 5  # a CPU: bytes are bytes
 
 
@@ -207,6 +210,21 @@ def test_default_keeps_as_many_equal_blocks_as_fit(count: int, free_mib: int, de
         return
     found = decide(sizes, Budgets(0, default(sizes, free_mib, depth=depth)), depth=depth)
     assert len(found.placement.device) == max(fitting)
+
+
+def test_default_of_pinned_memory_leaves_room_for_the_bounce_ring_and_that_of_experts() -> None:
+    def found(sizes: ModelSizes, device_mib: int, free_mib: int) -> int:
+        device, free = device_mib * MIB, free_mib * MIB
+        budget = default_pinned_bytes(sizes, device, depth=2, free_bytes=free)
+        check_room(sizes, Budgets(budget, device), depth=2, free_bytes=free)
+        return len(decide(sizes, Budgets(budget, device), depth=2).placement.host)
+
+    assert found(EIGHT, 20, 60) == 6  # nothing from disk
+    assert found(EIGHT, 20, 59) == 2  # three slots of a ring beside them
+    experts = (ExpertSize(8, 2, piece(2 * MIB)),) * 4
+    assert found(replace(EIGHT, experts=experts), 80 + 20, 20) == 0
+    assert found(replace(EIGHT, experts=experts), 20, 60 + 6) == 6  # three slots for experts
+    assert default_pinned_bytes(EIGHT, 0, depth=2, free_bytes=MIB) == 0
 
 
 # What does not fit.
