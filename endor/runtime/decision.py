@@ -178,7 +178,7 @@ def _memory(
         ring=_ring(streamed, depth=depth),
         resident=_arena(sum(piece.span_bytes for piece in near)),
         experts=_arena(slots * _slot_bytes(sizes.experts)),
-        scratch=sum(_arena(max((getattr(p, use) for p in decoded), default=0)) for use in _SCRATCHES),
+        scratch=_scratch(decoded, own_memory=own_memory),
         dense=sizes.dense_bytes + sum(table.dense_bytes for table in sizes.tables if table.name in dense),
     )
 
@@ -197,6 +197,12 @@ def _pinned(sizes: ModelSizes, placement: Placement, dense: frozenset[str], devi
         scratch=0,
         dense=0,
     )
+
+
+def _scratch(decoded: Sequence[Piece], *, own_memory: bool) -> int:
+    """For the largest of them, as stored and cast; in host memory on huge pages."""
+    largest = [max((getattr(piece, use) for piece in decoded), default=0) for use in _SCRATCHES]
+    return sum(largest) if own_memory else sum(map(_arena, largest))
 
 
 def _ring(streamed: Sequence[Piece], *, depth: int) -> int:
