@@ -37,6 +37,7 @@ __all__ = [
     "Parts",
     "context_sizes",
     "find_parts",
+    "keeps_latent",
     "kind_of",
     "matrix_of",
     "survey",
@@ -117,7 +118,7 @@ def find_parts(
     experts = tuple(_experts(checkpoint, installed.experts))
     matmul = "decode" if own_memory else matmul
     config = model.config.get_text_config()
-    context = context_sizes(config, model.dtype)
+    context = context_sizes(config, model.dtype, latent=keeps_latent(model))
     sizes = ModelSizes(
         tuple(_block_size(block, matmul) for block in blocks),
         tuple(_table_size(table, matmul) for table in tables),
@@ -186,23 +187,35 @@ class ContextSizes:
     logits_bytes: int
 
 
-def context_sizes(config: Any, dtype: torch.dtype) -> ContextSizes:
+def context_sizes(config: Any, dtype: torch.dtype, *, latent: bool = False) -> ContextSizes:
     """From a transformers config; what it does not say counts as 0.
 
     Every layer is taken to keep keys and values of the whole context: sliding windows and layers without
     attention need less. Activations are an estimate: some tensors as wide as the model, some as wide as an
     MLP, held at a time of a prompt; attention is taken to make no matrix of scores (torch's SDPA makes none).
+
+    Args:
+        config: of the text model.
+        dtype: that is computed in.
+        latent: whether one vector is kept, from which keys and values are made when they are used.
     """
     hidden, vocabulary = _number(config, "hidden_size"), _number(config, "vocab_size")
     inner = max(_number(config, name) for name in ("intermediate_size", "moe_intermediate_size"))
     elements = _HIDDEN_TENSORS * hidden + _INNER_TENSORS * inner
+    kept = _key_value_elements(config)
+    if latent:
+        elements += kept  # of one layer at a time
+        kept = _number(config, "kv_lora_rank") + _number(config, "qk_rope_head_dim")
     return ContextSizes(
-        cache_bytes_per_token=_number(config, "num_hidden_layers")
-        * _key_value_elements(config)
-        * dtype.itemsize,
+        cache_bytes_per_token=_number(config, "num_hidden_layers") * kept * dtype.itemsize,
         activation_bytes_per_token=elements * dtype.itemsize,
         logits_bytes=vocabulary * torch.float32.itemsize,
     )
+
+
+def keeps_latent(model: nn.Module) -> bool:
+    """Whether attention makes keys and values from what is kept: newer versions of transformers."""
+    return any(hasattr(module, "expand_kv") for module in model.modules())
 
 
 def _key_value_elements(config: Any) -> int:

@@ -342,6 +342,14 @@ def test_heads_whose_keys_are_wider_than_their_values_are_counted_as_they_are() 
     assert context_sizes(low_rank, torch.bfloat16).cache_bytes_per_token == 32 * 8 * (192 + 128) * 2
 
 
+def test_latent_vectors_are_small_and_what_is_made_from_them_is_an_activation() -> None:
+    low_rank = config(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512)
+    whole, latent = (context_sizes(low_rank, torch.bfloat16, latent=latent) for latent in (False, True))
+    assert latent.cache_bytes_per_token == 32 * (512 + 64) * 2
+    one_layer = 8 * (192 + 128) * 2
+    assert latent.activation_bytes_per_token == whole.activation_bytes_per_token + one_layer
+
+
 def test_activations_grow_with_the_widths_of_the_model() -> None:
     found = context_sizes(config(), torch.bfloat16).activation_bytes_per_token
     assert found >= 2 * (4096 * 2 + 14336 * 2)

@@ -14,9 +14,10 @@ import transformers
 
 import endor
 from endor.errors import PlanError
+from endor.loaders import BlockingAccelerator
 from endor.runtime import runtime_of
-from endor.runtime.planner import Budgets, Plan, Rates, plan
-from endor.runtime.survey import survey
+from endor.runtime.planner import Budgets, Plan, Rates, decide, plan
+from endor.runtime.survey import context_sizes, keeps_latent, survey
 from endor.runtime.work import measure_work
 from tests.support.models import tiny_llama, write_endor_checkpoint
 
@@ -105,6 +106,29 @@ def test_routed_experts_are_what_a_token_moves(moe: Path) -> None:
     runtime_of(model).close()
 
 
+@pytest.mark.parametrize("device_memory", [0, 60_000, 200_000, 1 << 30])
+@pytest.mark.parametrize("host_memory", [0, 1 << 30])
+def test_memory_of_experts_on_a_device_is_that_of_the_runtime(
+    moe: Path, host_memory: int, device_memory: int
+) -> None:
+    sizes = survey(moe, dtype=None, matmul="auto", own_memory=True).sizes
+    decision = decide(sizes, Budgets(host_memory, device_memory), depth=2, context_tokens=64)
+    model = endor.load(
+        moe,
+        device=BlockingAccelerator(torch.device("cpu")),
+        device_memory=device_memory,
+        host_memory=host_memory,
+        context_length=64,
+    )
+    runtime, memory = runtime_of(model), decision.memory
+    assert runtime.placement == decision.placement
+    assert runtime.ring_bytes == memory.ring + memory.experts
+    assert runtime.scratch_bytes == memory.scratch
+    assert decision.host_memory is not None
+    assert runtime.pinned_bytes == decision.host_memory.total
+    runtime.close()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_scratch_for_another_dtype_is_planned(checkpoint: Path, dtype: torch.dtype) -> None:
     sizes = survey(checkpoint, dtype=dtype, matmul="auto").sizes
@@ -186,3 +210,46 @@ def test_anonymous_memory_stays_within_the_plan(moe: Path, middling: Path, share
     peak_bytes = json.loads(done.stdout)
     assert peak_bytes <= 1.05 * expected + 50e6
     assert peak_bytes >= 0.8 * expected
+
+
+# What a context takes.
+
+
+def _small(config_class: type, **fields: Any) -> Any:
+    usual = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 300,
+        "dtype": torch.float32,
+    }
+    return config_class(**usual | fields)
+
+
+CONFIGS = {
+    "grouped": _small(transformers.LlamaConfig),
+    "each head its own": _small(transformers.LlamaConfig, num_key_value_heads=4),
+    "wide heads": _small(transformers.Qwen3Config, head_dim=32),
+    "low rank": _small(
+        transformers.DeepseekV3Config,
+        num_key_value_heads=4,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        first_k_dense_replace=3,
+    ),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_cache_of_a_token_is_what_transformers_keeps(config: Any) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.inference_mode():
+        cache = model(torch.tensor([[1, 2, 3, 4, 5]]), use_cache=True).past_key_values
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    found = context_sizes(config, torch.float32, latent=keeps_latent(model))
+    assert found.cache_bytes_per_token == kept / 5
