@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,23 +14,29 @@ from endor.checkpoint import Checkpoint
 from endor.errors import PlanError
 from endor.formats import CheckpointReader
 from endor.kernels.linear import check_matmul
-from endor.loaders import READER_NAMES, Accelerator, accelerator_for, available_bytes, choose_reader
+from endor.loaders import (
+    READER_NAMES,
+    Accelerator,
+    ReaderChoice,
+    accelerator_for,
+    available_bytes,
+    choose_reader,
+)
 from endor.runtime.device_scratch import DeviceScratch
 from endor.runtime.install import dense_bytes, install_weights, move_dense, stored_dtype
 from endor.runtime.place import ModelPlan, place
-from endor.runtime.planner import Budgets, default_device_bytes
+from endor.runtime.planner import Budgets, default_device_bytes, default_pinned_bytes
 from endor.runtime.scratch import DecodeScratch
 from endor.runtime.skeleton import build_skeleton, check_complete
 from endor.runtime.stats import StatsRecorder
 from endor.runtime.streaming import Runtime
 from endor.runtime.survey import Parts, find_parts
+from endor.runtime.tiers import close_parts
 from endor.runtime.trace import Trace, TracedReader
 
-__all__ = ["context_tokens", "default_host_bytes", "load", "runtime_of"]
+__all__ = ["default_host_bytes", "load", "runtime_of"]
 
 _CPU = torch.device("cpu")
-_USUAL_CONTEXT: Final = 4096
-"""Tokens, where nobody says how many: what most prompts and answers stay below."""
 _HOST_SHARE = 0.7
 """Share of the free memory that resident blocks take by default; the rest is for activations and others."""
 _VERIFY = ("first", "always", "never")
@@ -87,75 +93,148 @@ def load(
             noticed by the forward after the one that met it, by `endor_stats`, or by `close`.
         PlanError: a budget or option cannot be met.
     """
-    matmul = check_matmul(matmul)
-    wanted = _check_options(reader=reader, depth=depth, dtype=dtype)
-    _check_sizes(device_memory=device_memory, host_memory=host_memory, context_length=context_length)
-    if verify not in _VERIFY:
-        raise PlanError(f"verify must be one of {', '.join(_VERIFY)}, found {verify!r}")
+    options = _Options(
+        device_memory=device_memory,
+        host_memory=host_memory,
+        context_length=context_length,
+        reader=reader,
+        depth=depth,
+        dtype=_checked_dtype(dtype),
+        verify=verify,
+        matmul=check_matmul(matmul),
+    )
     accelerator = _accelerator(device)
     if accelerator is None and device_memory:
         raise PlanError("device_memory is for a device with its own memory; on the CPU give host_memory")
-    stats = StatsRecorder(trace, accelerator=accelerator)
+    model, plan, file = _prepare(directory, options, accelerator)
+    choice = choose_reader(reader, device_memory=_takes_gds(accelerator), file=file)
+    _start(model, plan, options, choice, accelerator=accelerator, trace=trace)
+    return model
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What `load` was asked for, of which a device is not a part. Raises PlanError for what cannot be."""
+
+    device_memory: int | None
+    host_memory: int | None
+    context_length: int | None
+    reader: str
+    depth: Any
+    dtype: torch.dtype | None
+    verify: str
+    matmul: str
+
+    def __post_init__(self) -> None:
+        if self.verify not in _VERIFY:
+            raise PlanError(f"verify must be one of {', '.join(_VERIFY)}, found {self.verify!r}")
+        if self.reader not in READER_NAMES:
+            raise PlanError(f"reader {self.reader!r} is unknown; use {', '.join(READER_NAMES)}")
+        if not isinstance(self.depth, int) or self.depth < 0:
+            raise PlanError(f"depth must be a whole number from 0, found {self.depth!r}")
+        for name, unit in (
+            ("device_memory", "bytes"),
+            ("host_memory", "bytes"),
+            ("context_length", "tokens"),
+        ):
+            value: object = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise PlanError(f"{name} must be a number of {unit} or None, found {value!r}")
+        if self.context_length is not None and self.context_length < 1:
+            raise PlanError(f"context_length must be 1 or more, found {self.context_length}")
+
+
+def _prepare(
+    directory: str | os.PathLike[str], options: _Options, accelerator: Accelerator | None
+) -> tuple[Any, ModelPlan, Path | None]:
+    """The model without its packed bytes, what goes where, and one of the files."""
     where = _CPU if accelerator is None else accelerator.device
     with torch.device("cpu"), Checkpoint(directory) as checkpoint:
-        file = checkpoint.blocks[0].file if checkpoint.blocks else None
-        model = build_skeleton(checkpoint.directory, dtype=wanted, stored=stored_dtype(checkpoint))
+        stored = stored_dtype(checkpoint)
+        model = build_skeleton(checkpoint.directory, dtype=options.dtype, stored=stored)
         _check_room(checkpoint)
         installed = install_weights(model, checkpoint, device=where)
         check_complete(model, Path(directory))
-        if accelerator is not None:
-            move_dense(model, accelerator.device)
-        host_bytes = default_host_bytes() if host_memory is None else host_memory
-        parts = find_parts(model, installed, checkpoint, matmul=matmul, own_memory=accelerator is not None)
-        if accelerator is None:
-            plan = place(model, parts, checkpoint, Budgets(host_bytes), depth=depth, verify=verify != "never")
-        else:
-            plan = _place_on(
-                accelerator,
-                model,
-                parts,
-                checkpoint,
-                Budgets(host_bytes, device_memory),
-                depth=depth,
-                verify=verify != "never",
-                context_tokens=context_tokens(model, context_length),
-            )
-    choice = choose_reader(reader, device_memory=_takes_gds(accelerator), file=file)
-    opened = choice.reader if trace is None else TracedReader(choice.reader, trace)
-    scratch: DecodeScratch | DeviceScratch | None = None
+        move_dense(model, where)
+        own_memory = accelerator is not None
+        parts = find_parts(model, installed, checkpoint, matmul=options.matmul, own_memory=own_memory)
+        tokens = parts.context_tokens(options.context_length)
+        free = accelerator.free_bytes() if accelerator is not None else None
+        plan = place(
+            model,
+            parts,
+            checkpoint,
+            _budgets(parts, options, tokens, free),
+            depth=options.depth,
+            verify=options.verify != "never",
+            context_tokens=tokens,
+            device_free_bytes=free,
+        )
+        move_dense(model, where)  # embeddings that stay
+        return model, plan, checkpoint.blocks[0].file if checkpoint.blocks else None
+
+
+def _budgets(parts: Parts, options: _Options, tokens: int, device_free_bytes: int | None) -> Budgets:
+    """As asked for, or what fits."""
+    host = options.host_memory
+    if device_free_bytes is None:
+        return Budgets(default_host_bytes() if host is None else host)
+    device = options.device_memory
+    if device is None:
+        device = default_device_bytes(
+            parts.sizes, depth=options.depth, context_tokens=tokens, free_bytes=device_free_bytes
+        )
+    if host is None:
+        room = default_host_bytes()
+        host = default_pinned_bytes(parts.sizes, device, depth=options.depth, free_bytes=room)
+    return Budgets(host, device)
+
+
+def _start(
+    model: nn.Module,
+    plan: ModelPlan,
+    options: _Options,
+    choice: ReaderChoice,
+    *,
+    accelerator: Accelerator | None,
+    trace: Trace | None,
+) -> None:
+    """Start the runtime, which the model then owns; if that fails nothing is left open.
+
+    Raises PlanError where the device's memory is not enough.
+    """
+    reader = choice.reader if trace is None else TracedReader(choice.reader, trace)
+    parts: list[Any] = [reader]
     try:
-        scratch = _scratch(plan, stats, matmul=matmul, accelerator=accelerator)
+        stats = StatsRecorder(trace, accelerator=accelerator)
+        scratch = _scratch(plan, stats, options.matmul, accelerator)
+        parts.append(scratch)
         for weight in plan.weights():
             weight.use_scratch(scratch)
-            weight.use_matmul(matmul)
-        if accelerator is not None:
-            move_dense(model, accelerator.device)  # embeddings that stay
+            weight.use_matmul(options.matmul)
         Runtime(
             model,
             list(plan.blocks),
             plan.placement,
-            reader=opened,
+            depth=options.depth,
+            reader=reader,
             reader_reason=choice.reason,
             scratch=scratch,
             stats=stats,
-            depth=depth,
             tables=plan.tables,
             experts=plan.experts,
             expert_slots=plan.expert_slots,
-            verify=verify,
+            verify=options.verify,
             dense_bytes=dense_bytes(model),
             accelerator=accelerator,
         )
     except BaseException as error:
-        opened.close()
-        if scratch is not None:
-            scratch.close()
+        close_parts(parts)
         if isinstance(error, torch.OutOfMemoryError):
             raise PlanError(
-                f"the memory of {where} is not enough ({error}); lower device_memory, context_length or depth"
+                f"the device's memory is not enough ({error}); lower device_memory, context_length or depth"
             ) from error
         raise
-    return model
 
 
 def runtime_of(model: nn.Module) -> Runtime:
@@ -170,12 +249,6 @@ def default_host_bytes(*, to_come: int = 0) -> int:
     """What compressed weights may take when nobody says, of what is free once `to_come` bytes of others are
     loaded."""
     return int(_HOST_SHARE * max(0, (available_bytes() or 0) - to_come))
-
-
-def context_tokens(model: Any, wanted: int | None) -> int:
-    """Tokens that there has to be room for: as wanted, or a usual number; never more than the model can."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _USUAL_CONTEXT
-    return min(wanted, most) if wanted is not None else min(_USUAL_CONTEXT, most)
 
 
 def _accelerator(device: object) -> Accelerator | None:
@@ -197,26 +270,8 @@ def _takes_gds(accelerator: Accelerator | None) -> bool:
     return accelerator is not None and accelerator.device.type == "cuda"
 
 
-def _place_on(
-    accelerator: Accelerator,
-    model: Any,
-    parts: Parts,
-    checkpoint: Checkpoint,
-    budgets: Budgets,
-    **options: Any,
-) -> ModelPlan:
-    """`place` on a device with its own memory, whose budget is what fits if nobody says."""
-    free = accelerator.free_bytes()
-    if budgets.device_bytes is None:
-        fits = default_device_bytes(
-            parts.sizes, depth=options["depth"], context_tokens=options["context_tokens"], free_bytes=free
-        )
-        budgets = replace(budgets, device_bytes=fits)
-    return place(model, parts, checkpoint, budgets, device_free_bytes=free, **options)
-
-
 def _scratch(
-    plan: ModelPlan, stats: StatsRecorder, *, matmul: str, accelerator: Accelerator | None
+    plan: ModelPlan, stats: StatsRecorder, matmul: str, accelerator: Accelerator | None
 ) -> DecodeScratch | DeviceScratch:
     if accelerator is None:
         return DecodeScratch(plan.decoded(), stats, matmul=matmul)
@@ -224,27 +279,14 @@ def _scratch(
     return DeviceScratch(plan.decoded(), stats, matmul=matmul, accelerator=accelerator, blocks=names)
 
 
-def _check_options(*, reader: object, depth: object, dtype: object) -> torch.dtype | None:
-    """Refuse what cannot be, in words; gives the dtype to compute in."""
-    if reader not in READER_NAMES:
-        raise PlanError(f"reader {reader!r} is unknown; use {', '.join(READER_NAMES)}")
-    if not isinstance(depth, int) or depth < 0:
-        raise PlanError(f"depth must be a whole number from 0, found {depth!r}")
+def _checked_dtype(dtype: object) -> torch.dtype | None:
+    """The dtype to compute in; None for the model's own. Raises PlanError for one that cannot be."""
     if isinstance(dtype, str):
         dtype = _DTYPES.get(dtype, dtype)
     if dtype is not None and dtype not in _DTYPES.values():
         raise PlanError(f"dtype must be one of {', '.join(_DTYPES)}, found {dtype!r}")
     assert dtype is None or isinstance(dtype, torch.dtype)
     return dtype
-
-
-def _check_sizes(**sizes: object) -> None:
-    for name, value in sizes.items():
-        what = "tokens" if name == "context_length" else "bytes"
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise PlanError(f"{name} must be a number of {what} or None, found {value!r}")
-    if isinstance(tokens := sizes["context_length"], int) and tokens < 1:
-        raise PlanError(f"context_length must be 1 or more, found {tokens}")
 
 
 def _check_room(checkpoint: CheckpointReader) -> None:
