@@ -23,13 +23,15 @@ from endor.errors import PlanError
 
 if TYPE_CHECKING:
     from endor.loaders import Accelerator
-    from endor.runtime.planner import Budgets, Plan, Rates
+    from endor.runtime.planner import Budgets, Decision, Plan, Rates
     from endor.runtime.survey import Parts
 
 __all__ = ["command"]
 
 _SHARES = (0, 25, 50, 75, 100)
 _TABLE_WIDTH = 110
+_DEEPER = (4, 8)
+_WORTH_IT = 1.1
 
 
 class _Rate(click.ParamType[int]):
@@ -130,7 +132,8 @@ def command(
     elif host_memory is None:
         _print_table(plans, links, where)
     else:
-        _print_plan(plans[0], links, where)
+        deeper = _deeper(parts, plans[0], links.rates, request) if where.own_memory else None
+        _print_plan(plans[0], links, where, deeper)
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,31 @@ def _plans(parts: Parts, rates: Rates, request: _Request) -> list[_Planned]:
         _Planned(label, b, plan(parts.sizes, b, rates, depth=depth, context_tokens=tokens))
         for label, b in budgets.items()
     ]
+
+
+def _deeper(parts: Parts, planned: _Planned, rates: Rates, request: _Request) -> str | None:
+    """In words: what a deeper ring would give, if that is worth it.
+
+    A block on disk is read when it is at most `depth` units ahead, which is late among blocks of the host.
+    """
+    from endor.runtime.planner import plan
+
+    now = planned.plan
+    for depth in (depth for depth in _DEEPER if depth > request.depth):
+        found = plan(parts.sizes, planned.budgets, rates, depth=depth, context_tokens=request.context_tokens)
+        if found.timing.tokens_per_s > _WORTH_IT * now.timing.tokens_per_s:
+            before, after = now.decision, found.decision
+            device = after.memory.total - before.memory.total
+            host = _pinned_bytes(after) - _pinned_bytes(before)
+            return (
+                f"--depth {depth} would give {found.timing.tokens_per_s:.2f} tokens/s and take "
+                f"{format_size(device)} more of the device's memory, {format_size(host)} of the host's"
+            )
+    return None
+
+
+def _pinned_bytes(decision: Decision) -> int:
+    return decision.host_memory.total if decision.host_memory else 0
 
 
 def _share(parts: Parts, percent: int) -> int:
@@ -338,13 +366,14 @@ def _table_row(planned: _Planned, *, own_memory: bool) -> dict[str, str]:
     return row | {"tokens/s": f"{plan.timing.tokens_per_s:.2f}", "bound by": plan.timing.bound}
 
 
-def _print_plan(planned: _Planned, links: Links, where: _Target) -> None:
+def _print_plan(planned: _Planned, links: Links, where: _Target, deeper: str | None) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in (*_device_rows(where), *_plan_rows(planned.plan), *links.rows()):
+    hints = [("deeper ring", deeper)] if deeper else []
+    for name, text in (*_device_rows(where), *_plan_rows(planned.plan), *hints, *links.rows()):
         table.add_row(name, text)
     _show(table)
 
