@@ -57,6 +57,7 @@ class Kind:
         codecs = {"raw": te.RAW, "exponent": te.EXPONENT, "int8": te.INT8, "int4": te.INT4}
         kinds = {"bf16": te.BFLOAT16, "f16": te.FLOAT16, "f32": te.FLOAT32, "f8": te.BITS}
         return {
+            "WHOLE": True,
             "MASKED": self.masked,
             "CODEC": codecs[self.codec].value,
             "PAIRS": self.pairs,
@@ -109,7 +110,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Program:
-    """One kernel with everything that it is compiled for."""
+    """One kernel with everything that it is compiled for; T, if it is not named, is one lane per thread."""
 
     name: str
     kernel: Any
@@ -125,8 +126,9 @@ class Program:
             for number, (name, kind) in enumerate(self.arguments.items())
             if (kind or "").startswith("*") or name in {"cols", "group_columns"}
         }
-        signature = types | dict.fromkeys(self.constants, "constexpr")
-        source = ASTSource(self.kernel, signature, absent | self.constants, aligned)
+        constants = {"T": self.warps * target.warp_size} | self.constants
+        signature = types | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(self.kernel, signature, absent | constants, aligned)
         return triton.compile(source, target=target, options={"num_warps": self.warps, **OPTIONS})
 
 
@@ -136,7 +138,7 @@ def programs() -> Iterator[Program]:
     for kind in KINDS:
         outputs = {"out": f"*{kind.element}", "status": "*i64"}
         arguments = {**kind.sections, **outputs, **numbers, "start_block": "i32"}
-        yield Program(f"decode {kind}", decode_kernel, arguments, {**kind.constants, "T": 128}, 8)
+        yield Program(f"decode {kind}", decode_kernel, arguments, kind.constants, 1)
     for kind in (RAW, PRUNED):
         table: dict[str, str | None] = {"table": "*i64", "status": "*i64", "entries": "i32"}
         types = {
@@ -146,8 +148,8 @@ def programs() -> Iterator[Program]:
             "OFFSET": tl.int32,
             "RECORD_OFFSET": tl.int32,
         }
-        constants = {**types, **kind.constants, "T": 128}
-        yield Program(f"decode group {kind}", decode_group_kernel, table, constants, 8)
+        constants = {**types, **kind.constants}
+        yield Program(f"decode group {kind}", decode_group_kernel, table, constants, 1)
     for rows, blocks, words in ((1, 4, 16), (16, 16, 4)):
         for kind in (RAW, PRUNED, UNPRUNED, Kind("int8"), Kind("int4", "f16")):
             tensors = {"bias": "*i16", "y": "*i16", "status": "*i64", "x_rows": "i32"}

@@ -23,10 +23,10 @@ from endor.kernels.triton_kernels import elements as te
 from endor.kernels.triton_kernels.decode import FIELDS, decode_group_kernel, decode_kernel
 from endor.kernels.triton_operand import (
     OPTIONS,
+    TILE_LANES,
     Launch,
     Sections,
     operand_of,
-    tile_lanes,
     tile_options,
 )
 
@@ -153,13 +153,11 @@ class _GroupLaunch:
     @cached_property
     def constants(self) -> dict[str, Any]:
         """Everything that the kernel is compiled for."""
-        launch = Launch(self.example.layout)
-        lanes = tile_lanes(launch.block_lanes)
         return {
-            **launch.constants,
+            **Launch(self.example.layout).constants,
             **group_types(self.example),
             "ENTRIES": 1 << (len(self.numbers) - 1).bit_length(),
-            **tile_options(lanes),
+            **tile_options(TILE_LANES),
         }
 
     def start(self) -> None:
@@ -197,7 +195,7 @@ def _kind_of(packed: PackedTensor) -> tuple[Any, ...]:
     """What tensors that are decoded in one launch have in common."""
     launch = Launch(packed.layout)
     types = tuple(str(kind) for kind in group_types(packed).values())
-    return (*launch.constants.values(), *types, tile_lanes(launch.block_lanes))
+    return (*launch.constants.values(), *types)
 
 
 def _check_job(packed: PackedTensor, out: Tensor) -> None:

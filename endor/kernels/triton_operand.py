@@ -16,25 +16,28 @@ from torch import Tensor
 
 from endor.formats.codecs.exponent import LOW_BITS, levels_of
 from endor.formats.packed import PackedTensor, TensorLayout
+from endor.kernels.triton_backend import is_interpreted
 from endor.kernels.triton_kernels import elements as te
 
 __all__ = [
     "INTEGERS",
     "LANES_PER_WARP",
     "OPTIONS",
+    "TILE_LANES",
     "Launch",
     "Operand",
     "Sections",
     "operand_of",
-    "tile_lanes",
     "tile_options",
 ]
 
 OPTIONS = {"enable_fp_fusion": True}
 """For the compiler; Triton warns of launches that leave open whether products and sums may be fused."""
-LANES_PER_WARP = 16
-"""A lane is 32 columns: each thread then has 16 elements of a tile. With 32, on sm_90, raw takes 80 registers
-instead of 64 and exponent 128 instead of 88: fewer programs fit on a multiprocessor."""
+LANES_PER_WARP = 64 if torch.version.hip else 32
+"""A lane is 32 columns and has a thread of its own, so that what is done once per lane is done once per 32
+columns. A tile that is decoded has the lanes of one warp: its prefix sums need no other warp."""
+TILE_LANES = 128 if is_interpreted() else LANES_PER_WARP
+"""Lanes of a tile that is decoded; the interpreter, whose cost is per operation, takes more."""
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """What kernels take elements of so many bytes for."""
 _CODECS = {"raw": te.RAW, "exponent": te.EXPONENT, "int8": te.INT8, "int4": te.INT4}
@@ -54,18 +57,13 @@ class Launch:
         layout = self.layout
         levels = levels_of(layout.values) if layout.codec == "exponent" else None
         return {
+            "WHOLE": layout.geometry.cols % 64 == 0,
             "MASKED": layout.mask == "bitmap",
             "CODEC": _CODECS[layout.codec].value,
             "PAIRS": levels.pairs if levels else 0,
             "SINGLES": levels.singles if levels else 0,
             "KIND": _KINDS.get(layout.dtype, te.BITS).value,
         }
-
-    @cached_property
-    def block_lanes(self) -> int:
-        """Lanes of a row block that has all its rows."""
-        g = self.layout.geometry
-        return min(g.row_block, g.rows) * g.words_per_row * 2
 
     @property
     def element(self) -> torch.dtype:
@@ -132,7 +130,7 @@ class Operand:
         self.sizes = (g.rows, g.cols, g.row_block, layout.nnz, *extras)
         self.element = launch.element
         self.constants = launch.constants
-        self.decode_options = {**launch.constants, **tile_options(tile_lanes(launch.block_lanes))}
+        self.decode_options = {**launch.constants, **tile_options(TILE_LANES)}
         self.product: Any = None
         """What `triton_matmul` keeps for products with this weight."""
 
@@ -166,16 +164,6 @@ def operand_of(packed: PackedTensor) -> Operand:
         made_for = weakref.ref(packed, lambda _: _operands.pop(key, None))
         _operands[key] = _Remembered(made_for, places, operand)
     return operand
-
-
-def tile_lanes(block_lanes: int) -> int:
-    """Lanes of a tile: up to 128, which are eight warps, but few of them idle in a row block's last tile."""
-    sizes = [128, 64, 32]
-    return min(sizes, key=lambda lanes: (_padded(block_lanes, lanes) > 1.13 * block_lanes, -lanes))
-
-
-def _padded(lanes: int, tile: int) -> int:
-    return -(-lanes // tile) * tile
 
 
 def tile_options(lanes: int) -> dict[str, Any]:

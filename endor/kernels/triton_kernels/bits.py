@@ -11,7 +11,7 @@ import triton.language as tl
 
 __all__ = [
     "as_float32",
-    "join_eight",
+    "join_columns",
     "low_bits",
     "popcount",
     "round_to_bfloat16",
@@ -50,12 +50,19 @@ def window(words, bit, mask):
 
 
 @triton.jit
-def join_eight(x):
-    """Eight tensors [A, B, C] as one [A, B, C * 8] in which they alternate; no thread gives anything away."""
-    even = tl.join(tl.join(x[0], x[4]), tl.join(x[2], x[6]))
-    odd = tl.join(tl.join(x[1], x[5]), tl.join(x[3], x[7]))
-    joined = tl.join(even, odd)
-    return tl.reshape(joined, (joined.shape[0], joined.shape[1], joined.shape[2] * 8))
+def join_columns(x):
+    """32 tensors [B, T], one per column, as one [B, T, 32]; no thread gives anything away."""
+    joined = _join_halves(_join_halves(_join_halves(_join_halves(_join_halves(x, 16), 8), 4), 2), 1)
+    return tl.reshape(joined[0], (joined[0].shape[0], joined[0].shape[1], 32))
+
+
+@triton.jit
+def _join_halves(x, N: tl.constexpr):
+    """Each of the first N tensors joined with the one N behind it."""
+    joined = ()
+    for number in tl.static_range(N):
+        joined = joined + (tl.join(x[number], x[number + N]),)
+    return joined
 
 
 @triton.jit

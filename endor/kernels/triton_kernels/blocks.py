@@ -18,7 +18,13 @@ from endor.kernels.triton_kernels.elements import (
     scales_of,
     value_bounds,
 )
-from endor.kernels.triton_kernels.exponent import exponent_elements, find_levels, read_levels, record_bounds
+from endor.kernels.triton_kernels.exponent import (
+    exponent_elements,
+    find_levels,
+    read_levels,
+    read_names,
+    record_bounds,
+)
 
 __all__ = ["open_blocks", "read_tile"]
 
@@ -80,7 +86,8 @@ def open_blocks(
             lows = extra + (low_bit >> 3)
         else:
             lows = record
-        opened = (words, record, skew, firsts, seconds, rest, lows, (low_bit & 7).to(tl.int32))
+        names = read_names(record, skew, exists & ~record_wrong, PAIRS, SINGLES)
+        opened = (words, record, firsts, seconds, rest, names, lows, (low_bit & 7).to(tl.int32))
     else:
         record_wrong = rows_here < 0
         readable = count
@@ -107,6 +114,7 @@ def read_tile(
     codebook,
     cols,
     group_columns,
+    WHOLE: tl.constexpr,
     MASKED: tl.constexpr,
     CODEC: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -123,29 +131,36 @@ def read_tile(
         before: int32 [B, 1], values of the row block before these words.
         deeper: `before` of `read_levels`; for INT8 and INT4 how many scales have been wrong so far.
         padding: int32 [B, 1], words so far with bits beyond the last column.
+        WHOLE: whether no word reaches beyond the last column.
 
     Returns bits of the elements [B, T, 32], `before`, `deeper` and `padding`.
     """
-    valid = low_bits(tl.where(inside, tl.minimum(cols - column, 32), 0))
+    if WHOLE:
+        valid = tl.where(inside, 0xFFFFFFFF, 0).to(tl.uint32)
+    else:
+        valid = low_bits(tl.where(inside, tl.minimum(cols - column, 32), 0))
     if MASKED:
         word = tl.load(mask_words + at, mask=inside, other=0)
-        padding += tl.sum(((word & ~valid) != 0).to(tl.int32), axis=1, keep_dims=True)
-        word = word & valid
+        if not WHOLE:
+            padding += tl.sum(((word & ~valid) != 0).to(tl.int32), axis=1, keep_dims=True)
+            word = word & valid
         n = popcount(word)
         rank = tl.cumsum(n, axis=1) - n + before
         before += tl.sum(n, axis=1, keep_dims=True)
     else:
         word = valid
         n = popcount(word)
-        rank = row * cols + column + tl.zeros_like(n)
+        if WHOLE:
+            rank = at * 32 + tl.zeros_like(n)
+        else:
+            rank = row * cols + column + tl.zeros_like(n)
     fits = rank + n <= readable
     word = tl.where(fits, word, 0)
     if CODEC == EXPONENT:
-        words, record, skew, firsts, seconds, rest, lows, low_skew = opened
+        words, record, firsts, seconds, rest, names, lows, low_skew = opened
         n = tl.where(fits, n, 0)
-        codes, upper, escapes, rest_rank, deeper = read_levels(
-            words, firsts, seconds, rank, n, deeper, PAIRS, SINGLES
-        )
+        rest_before = deeper[PAIRS + SINGLES - 1]
+        codes, upper, escapes, deeper = read_levels(words, firsts, seconds, rank, n, deeper, PAIRS, SINGLES)
         heads = values + start
         elements = exponent_elements(
             word,
@@ -153,16 +168,17 @@ def read_tile(
             codes,
             upper,
             escapes,
-            rest_rank,
+            rest_before,
             record,
-            skew,
             rest,
+            names,
             heads,
             lows,
             low_skew,
             PAIRS,
             SINGLES,
             KIND == FLOAT16,
+            WHOLE and not MASKED,
         )
     elif CODEC == INT4:
         scale, wrong = scales_of(extra, first_row + row, column, inside, cols, group_columns)

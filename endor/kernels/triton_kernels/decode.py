@@ -56,6 +56,7 @@ def decode_kernel(
     exponent_bytes,
     group_columns,
     start_block,
+    WHOLE: tl.constexpr,
     MASKED: tl.constexpr,
     CODEC: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -73,6 +74,7 @@ def decode_kernel(
         codebook: int8, for INT4.
         out: integers of the elements' bits.
         status: int64 [1], lowered to what was wrong; see `report`.
+        WHOLE: whether columns are a multiple of 64, so that rows are stored without padding.
         KIND: what the elements are.
         T: lanes of a tile.
     """
@@ -94,6 +96,7 @@ def decode_kernel(
         exponent_bytes,
         group_columns,
         start_block,
+        WHOLE,
         MASKED,
         CODEC,
         PAIRS,
@@ -113,6 +116,7 @@ def decode_group_kernel(
     ELEMENT: tl.constexpr,
     OFFSET: tl.constexpr,
     RECORD_OFFSET: tl.constexpr,
+    WHOLE: tl.constexpr,
     MASKED: tl.constexpr,
     CODEC: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -165,6 +169,7 @@ def decode_group_kernel(
         tl.load(fields + 6),
         tl.load(fields + 7).to(tl.int32),
         tl.load(fields + 1),
+        WHOLE,
         MASKED,
         CODEC,
         PAIRS,
@@ -199,6 +204,7 @@ def _decode_block(
     exponent_bytes,
     group_columns,
     start_block,
+    WHOLE: tl.constexpr,
     MASKED: tl.constexpr,
     CODEC: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -238,11 +244,16 @@ def _decode_block(
     before = tl.zeros((1, 1), tl.int32)
     padding = tl.zeros((1, 1), tl.int32)
     lane = tl.arange(0, 32)[None, None, :]
-    for tile in range(0, tl.sum(rows_here) * row_words, T):
+    first_out = out + number * row_block * cols
+    words_here = tl.sum(rows_here) * row_words
+    for tile in range(0, words_here, T):
         at = tile + tl.arange(0, T)[None, :]
         row = at // row_words
         column = (at - row * row_words) * 32
-        inside = row < rows_here
+        if WHOLE:
+            inside = at < words_here
+        else:
+            inside = row < rows_here
         elements, before, deeper, padding = read_tile(
             mask_words,
             at,
@@ -261,14 +272,18 @@ def _decode_block(
             codebook,
             cols,
             group_columns,
+            WHOLE,
             MASKED,
             CODEC,
             PAIRS,
             SINGLES,
             KIND,
         )
-        to = out + (number * row_block * cols + (row * cols + column)[:, :, None] + lane)
-        tl.store(to, elements, mask=inside[:, :, None] & (lane < (cols - column)[:, :, None]))
+        if WHOLE:
+            tl.store(first_out + (at[:, :, None] * 32 + lane), elements, mask=inside[:, :, None])
+        else:
+            to = first_out + ((row * cols + column)[:, :, None] + lane)
+            tl.store(to, elements, mask=inside[:, :, None] & (lane < (cols - column)[:, :, None]))
     if MASKED:
         count_wrong = before != count
     else:
