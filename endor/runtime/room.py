@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -45,13 +45,10 @@ def default_device_bytes(sizes: ModelSizes, *, depth: int, context_tokens: int, 
     Raises PlanError if not even 0 fits: what is needed at least, and which depth or context would do.
     """
 
+    hosts = _extreme_hosts(sizes)
+
     def decided(device_bytes: int) -> Decision:
-        hosts = (0, _everything(sizes)) if any(block.tiles for block in sizes.blocks) else (0,)
-        found = (
-            decide(sizes, Budgets(host, device_bytes), depth=depth, context_tokens=context_tokens)
-            for host in hosts
-        )
-        return max(found, key=lambda decision: decision.memory.total)
+        return _largest(sizes, hosts, device_bytes, depth=depth, context_tokens=context_tokens)
 
     room = free_bytes - device_margin(free_bytes) + sizes.dense_bytes
     fits = _fitting(
@@ -62,11 +59,11 @@ def default_device_bytes(sizes: ModelSizes, *, depth: int, context_tokens: int, 
         used=lambda decision, budget: budget_used(sizes, decision, budget),
     )
     if fits is None:
-        memory = decided(0).memory
-        raise PlanError(
-            f"{_device_text(sizes, memory, context_tokens, free_bytes)}; "
-            f"{_device_advice(sizes, depth=depth, context_tokens=context_tokens, free_bytes=free_bytes)}"
+        needed = _device_text(sizes, decided(0).memory, context_tokens, free_bytes)
+        advice = _device_advice(
+            sizes, hosts, depth=depth, context_tokens=context_tokens, free_bytes=free_bytes
         )
+        raise PlanError(f"{needed}; {advice}")
     return fits
 
 
@@ -163,7 +160,13 @@ def _check_device(
         used=lambda decision, budget: budget_used(sizes, decision, budget),
     )
     advice = (
-        _device_advice(sizes, depth=depth, context_tokens=context_tokens, free_bytes=free_bytes)
+        _device_advice(
+            sizes,
+            [budgets.host_bytes],
+            depth=depth,
+            context_tokens=context_tokens,
+            free_bytes=free_bytes,
+        )
         if fits is None
         else f"device_memory={fits} would fit; a shorter context_length or a smaller depth leaves more room"
     )
@@ -217,21 +220,24 @@ def _device_text(sizes: ModelSizes, memory: Memory, context_tokens: int, free_by
     )
 
 
-def _device_advice(sizes: ModelSizes, *, depth: int, context_tokens: int, free_bytes: int) -> str:
+def _device_advice(
+    sizes: ModelSizes, hosts: Sequence[int], *, depth: int, context_tokens: int, free_bytes: int
+) -> str:
     """With no weights resident: what would fit, or what is needed at least."""
     beside = device_margin(free_bytes) - sizes.dense_bytes
 
     def needed(depth: int, tokens: int) -> int:
-        return decide(sizes, Budgets(0, 0), depth=depth, context_tokens=tokens).memory.total + beside
+        return _largest(sizes, hosts, 0, depth=depth, context_tokens=tokens).memory.total + beside
 
-    def longest(depth: int) -> int:
-        """Context that fits at most, up to the one asked for."""
+    def longest(depth: int) -> int | None:
+        """Context that fits at most, up to the one asked for; None if not even a token's does."""
         per_token = sizes.cache_bytes_per_token + sizes.activation_bytes_per_token
         left = free_bytes - needed(depth, 0)
-        return min(context_tokens, left // per_token if per_token else context_tokens) if left >= 0 else 0
+        fits = min(context_tokens, left // per_token) if per_token else context_tokens
+        return fits if left >= 0 and fits >= min(1, context_tokens) else None
 
-    fitting = dict.fromkeys((d, longest(d)) for d in (depth, 0))
-    ways = [_way(d, tokens, depth, context_tokens) for d, tokens in fitting if tokens > 0]
+    fitting = [(d, tokens) for d in dict.fromkeys((depth, 0)) if (tokens := longest(d)) is not None]
+    ways = [_way(d, tokens, depth, context_tokens) for d, tokens in fitting]
     least = f"at least {needed(0, min(1, context_tokens))} bytes are needed, with device_memory=0, depth=0"
     least += " and context_length=1" if context_tokens else ""
     return f"{least}; with device_memory=0, {' or '.join(ways)} would fit" if ways else least
@@ -241,6 +247,22 @@ def _way(depth: int, tokens: int, asked_depth: int, asked_tokens: int) -> str:
     parts = [f"depth={depth}"] if depth != asked_depth else []
     parts += [f"context_length={tokens}"] if tokens != asked_tokens else []
     return " with ".join(parts) or f"depth={depth} with context_length={tokens}"
+
+
+def _extreme_hosts(sizes: ModelSizes) -> tuple[int, ...]:
+    """Budgets of the host with which the device needs least and most: a head there is copied whole."""
+    return (0, _everything(sizes)) if any(block.tiles for block in sizes.blocks) else (0,)
+
+
+def _largest(
+    sizes: ModelSizes, hosts: Iterable[int], device_bytes: int, *, depth: int, context_tokens: int
+) -> Decision:
+    """The decision by which the device needs most, of those with one of these budgets of the host."""
+    found = (
+        decide(sizes, Budgets(host, device_bytes), depth=depth, context_tokens=context_tokens)
+        for host in hosts
+    )
+    return max(found, key=lambda decision: decision.memory.total)
 
 
 def _everything(sizes: ModelSizes) -> int:

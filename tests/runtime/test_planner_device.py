@@ -257,6 +257,8 @@ def test_device_that_holds_the_context_at_a_smaller_depth_says_so() -> None:
     with pytest.raises(PlanError, match="with device_memory=0, context_length=309 or depth=0 would fit"):
         default(EIGHT, 66, tokens=320)
     assert default(EIGHT, 66, depth=0, tokens=320) >= 10 * MIB
+    with pytest.raises(PlanError, match="with device_memory=0, depth=0 would fit"):
+        default(EIGHT, 20)
 
 
 def test_device_for_no_plan_says_only_what_is_needed_at_least() -> None:
