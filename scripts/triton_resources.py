@@ -150,13 +150,13 @@ def programs() -> Iterator[Program]:
         }
         constants = {**types, **kind.constants}
         yield Program(f"decode group {kind}", decode_group_kernel, table, constants, 1)
-    for rows, blocks, words in ((1, 4, 16), (16, 16, 4)):
+    for rows, blocks, words, warps in ((1, 1, 32, 1), (16, 16, 8, 4)):
         for kind in (RAW, PRUNED, UNPRUNED, Kind("int8"), Kind("int4", "f16")):
             tensors = {"bias": "*i16", "y": "*i16", "status": "*i64", "x_rows": "i32"}
             arguments = {"x": "*i16", **kind.sections, **tensors, **numbers}
             tile = {"M": rows, "B": blocks, "T": words, "EXACT_DOT": False}
             name = f"matmul {rows} row{'s' * (rows > 1)} {kind}"
-            yield Program(name, matmul_kernel, arguments, {**kind.constants, **tile}, 8)
+            yield Program(name, matmul_kernel, arguments, {**kind.constants, **tile}, warps)
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,9 @@ MAX_ROW_BLOCK = 16
 few programs are left."""
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 _DTYPES = (torch.bfloat16, torch.float16)
-_VECTOR = (Tile(4, 16, 8), Tile(4, 32, 8), Tile(2, 32, 4), Tile(1, 128, 8))
-_MATRIX = (Tile(16, 4, 8), Tile(16, 8, 8), Tile(16, 16, 8))
+# A thread per lane in each (`blocks * words == 32 * warps`). Few: each costs a second or two to compile.
+_VECTOR = (Tile(1, 32, 1), Tile(4, 32, 4), Tile(1, 128, 4))
+_MATRIX = (Tile(16, 8, 4), Tile(32, 4, 4))
 _choices = Choices()
 _tuning_allowed = [True]
 _deciding = threading.Lock()

@@ -90,7 +90,7 @@ def matmul_kernel(
     m = tl.arange(0, M)
     for row in range(tl.max(rows_here)):
         if M == 1:
-            sums = tl.zeros((B, T * 32), tl.float32)
+            sums = tl.zeros((B, T), tl.float32)
         else:
             sums = tl.zeros((M, B), tl.float32)
         for tile in range(0, row_words, T):
@@ -121,14 +121,16 @@ def matmul_kernel(
                 SINGLES,
                 KIND,
             )
-            w = tl.reshape(elements, (B, T * 32))
-            k = tile * 32 + tl.arange(0, T * 32)[None, :]
             if M == 1:
+                k = (word * 32)[:, :, None] + tl.arange(0, 32)[None, None, :]
                 x_bits = tl.load(x + k, mask=k < cols, other=0)
-                sums += as_float32(w, KIND == FLOAT16) * as_float32(x_bits, KIND == FLOAT16)
+                products = as_float32(elements, KIND == FLOAT16) * as_float32(x_bits, KIND == FLOAT16)
+                sums += tl.sum(products, axis=2)
             else:
+                k = tile * 32 + tl.arange(0, T * 32)[None, :]
                 from_x = x + m.to(tl.int64)[:, None] * cols + k
                 x_bits = tl.load(from_x, mask=(m < x_rows)[:, None] & (k < cols), other=0)
+                w = tl.reshape(elements, (B, T * 32))
                 sums = _dot(x_bits, w, sums, KIND == FLOAT16, EXACT_DOT)
         if M == 1:
             result = tl.sum(sums, axis=1)[None, :]
