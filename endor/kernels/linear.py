@@ -96,8 +96,7 @@ def compressed_kernel(
     if len(layout.shape) != 2:
         return None
     if device.type != "cpu" or status:
-        triton = has_triton(device) and layout.dtype == dtype and dtype in (torch.bfloat16, torch.float16)
-        return "triton" if triton else None
+        return "triton" if _has_triton_product(layout, dtype, device) else None
     # Nothing looks at what the sections hold: memory that is never touched is enough.
     sections = {s.name: torch.empty(s.shape, dtype=s.dtype) for s in layout.sections}
     supported = matmul.supports(torch.empty(1, layout.shape[1], dtype=dtype), PackedTensor(layout, sections))
@@ -136,6 +135,15 @@ def _on_device(x: Tensor, packed: PackedTensor, bias: Tensor | None, status: Ten
     from endor.kernels import triton_matmul
 
     return triton_matmul.linear(x, packed, bias, status=status)
+
+
+def _has_triton_product(layout: TensorLayout, dtype: torch.dtype, device: torch.device) -> bool:
+    if not has_triton(device) or layout.is_plain or layout.dtype != dtype:
+        return False
+    from endor.kernels import triton_matmul
+
+    small = layout.geometry.row_block <= triton_matmul.MAX_ROW_BLOCK
+    return small and dtype in (torch.bfloat16, torch.float16) and layout.geometry.numel > 0
 
 
 @cache
