@@ -41,7 +41,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -61,7 +61,7 @@ from bench_gpu_kernels import (
 from bench_gpu_models import dense_bytes, packed_bytes
 from bench_gpu_parts import Deadline, Outcome, Part, Running, Settings, main_of_part, run_here
 from bench_gpu_report import as_json, compare_logits, figures, show
-from bench_gpu_stream import LLAMA_13B, bench_accelerate, bench_endor, gate_model
+from bench_gpu_stream import LLAMA_13B, bench_accelerate, bench_endor, gate_model, without_interpreter
 
 from bench_common import environment, environment_line, write_json
 from endor.kernels.triton_backend import is_interpreted
@@ -76,17 +76,25 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a folder in memory, and one of
 
 def _gate(settings: Settings, _: Deadline, *, codec: str) -> Iterator[dict[str, Any]]:
     yield from gate_kernels(settings, codec)
-    yield from gate_model(settings, codec)
+    with without_interpreter():
+        yield from gate_model(settings, codec)
+
+
+def _model(
+    settings: Settings, deadline: Deadline, *, run: Callable[..., Iterator[dict[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    with without_interpreter():
+        yield from run(settings, deadline)
 
 
 def _endor(codec: str, tier: str, tokens: int) -> Part:
-    run = partial(bench_endor, codec=codec, tier=tier, tokens=tokens)
+    run = partial(_model, run=partial(bench_endor, codec=codec, tier=tier, tokens=tokens))
     group = "stream" if tier == "host" else tier
     return Part(f"{group}-{codec}", run, needs_s=30, limit_s=90, codec=codec, streams=True)
 
 
 def _accelerate(tier: str, tokens: int) -> Part:
-    run = partial(bench_accelerate, tier=tier, tokens=tokens)
+    run = partial(_model, run=partial(bench_accelerate, tier=tier, tokens=tokens))
     return Part(f"{'stream' if tier == 'host' else tier}-accelerate", run, needs_s=30, limit_s=90)
 
 
@@ -173,6 +181,7 @@ class Run:
     """The parts, one after the other; `outcomes` has all of them, also those that were not begun.
 
     Attributes:
+        settings: for the gate; for the parts, without the codecs that do not pass it.
         isolated: each part in a process of its own.
         deadline: of everything.
     """
@@ -184,12 +193,13 @@ class Run:
 
     def gate(self) -> None:
         """All codecs side by side: it takes long for what is compiled, and nothing is timed."""
+        gates = [part for part in GATES if part.codec in self.settings.codecs]
         if not self.isolated:
-            for part in GATES:
+            for part in gates:
                 self._note(part, run_here(part, self.settings, Deadline(self.deadline)))
             return
         with ExitStack() as stack:
-            running = [stack.enter_context(closing(self._start(part))) for part in GATES]
+            running = [stack.enter_context(closing(self._start(part))) for part in gates]
             for each in running:
                 self._note(each.part, each.outcome())
 
@@ -211,7 +221,8 @@ class Run:
 
     def passed(self, codec: str, step: str) -> bool:
         """Whether the gate's step, `kernels` or `model`, is green for a codec."""
-        return any(line["step"] == step for line in self.outcomes[f"gate-{codec}"].lines)
+        outcome = self.outcomes.get(f"gate-{codec}", Outcome())
+        return any(line["step"] == step for line in outcome.lines)
 
     def lines(self, group: str) -> list[dict[str, Any]]:
         """Of all parts of a group, in order."""
@@ -298,6 +309,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--parts", default=",".join(GROUPS), help=f"some of {', '.join(GROUPS)}; the gate is always first")
+    add("--codecs", default=",".join(CODECS), help=f"some of {', '.join(CODECS)}")
     add("--minutes", type=float, default=7.5, help="in all; what does not fit is skipped")
     add("--directory", type=Path, help="for temporary files")
     add("--layers", type=int, help="of the streamed model (default: all 40, or what memory and disk hold)")
@@ -308,9 +320,11 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         add(name, type=Path, help=argparse.SUPPRESS)
     add("--part", choices=[part.name for part in (*GATES, *PARTS)], help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
-    arguments.parts = tuple(arguments.parts.split(","))
-    if unknown := set(arguments.parts) - set(GROUPS):
-        parser.error(f"unknown parts: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+    for what, known in (("parts", GROUPS), ("codecs", CODECS)):
+        chosen = tuple(getattr(arguments, what).split(","))
+        setattr(arguments, what, chosen)
+        if unknown := set(chosen) - set(known):
+            parser.error(f"unknown {what}: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     return arguments
 
 
@@ -330,7 +344,9 @@ def settings_for(arguments: argparse.Namespace, memory: Path, disk: Path) -> tup
         if layers < LLAMA_13B.layers:
             notes.append(f"from pinned memory, only {layers} of 40 layers: memory and disk hold no more")
     device = "cpu" if is_interpreted() else "cuda"
-    settings = Settings(device, arguments.dry_run, str(memory), str(disk), layers, disk_layers, tuple(CODECS))
+    settings = Settings(
+        device, arguments.dry_run, str(memory), str(disk), layers, disk_layers, arguments.codecs
+    )
     return settings, notes
 
 
@@ -346,7 +362,8 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
         run = Run(settings, isolated, deadline=began + 60 * arguments.minutes)
         run.gate()
         for part in PARTS:
-            if part.name.partition("-")[0] in arguments.parts:
+            is_wanted = part.codec is None or part.codec in arguments.codecs
+            if is_wanted and part.name.partition("-")[0] in arguments.parts:
                 run.measure(part, missing_for(part, settings))
         report = report_of(run, notes)
     return report | {"seconds": time.time() - began}

@@ -20,7 +20,7 @@ _SHOWN_TRACE_LINES = 6
 _GATE_TITLE = """
 The gate: checked kernels; a small model, streamed from host and disk, against itself resident on the device;
 how far its logits are from the dense model's, decoded first and straight from packed weights; equal tokens
-in the latter case:
+in both cases:
 """
 
 
@@ -173,7 +173,7 @@ def show(report: dict[str, Any]) -> None:
     print("\nWanted, measured:\n")
     rows = [(f["what"], f["wanted"], f["measured"], f["verdict"]) for f in report["figures"]]
     print_table(["figure of issue 5", "wanted", "measured", ""], rows)
-    for note in report["notes"]:
+    for note in (*report["notes"], *_spill_notes(report["stream"])):
         print(f"note: {note}")
     for name, part in report["parts"].items():
         for skipped in part["skipped"]:
@@ -204,7 +204,7 @@ def _gate_row(codec: str, steps: dict[str, dict[str, Any]]) -> list[str]:
                 "same bits",
                 f"{model['logits_error']:.2%}" if model["logits_error"] else "same bits",
                 f"{model['auto_logits_error']:.2%}",
-                f"{model['auto_same_tokens']} of {model['tokens']}",
+                f"{model['same_tokens']}, {model['auto_same_tokens']} of {model['tokens']}",
             )
             if model
             else ("RED", "", "", "")
@@ -230,6 +230,14 @@ def _show_models(report: dict[str, Any]) -> None:
             "logits",
         )
         print_table(columns, [_model_row(line) for line in lines])
+
+
+def _spill_notes(lines: Lines) -> Iterator[str]:
+    """Of what should have been in pinned memory and was not."""
+    for line in lines:
+        share = line.get("disk_share", 0)
+        if share > 0.01:
+            yield f"{line['title']}: memory did not hold {share:.0%} of what crossed; it was read from files"
 
 
 def _model_row(line: dict[str, Any]) -> list[str]:

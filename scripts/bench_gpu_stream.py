@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
     "bench_endor",
     "gate_model",
     "stream_shape",
+    "without_interpreter",
 ]
 
 LLAMA_13B = LlamaShape(
@@ -39,15 +41,17 @@ LLAMA_13B = LlamaShape(
 LLAMA_GATE = LlamaShape(
     hidden=1024, layers=6, intermediate=2816, vocabulary=2_000, heads=8, key_value_heads=4
 )
-LLAMA_TINY = LlamaShape(hidden=128, layers=3, intermediate=320, vocabulary=300, heads=4, key_value_heads=2)
+LLAMA_TINY = LlamaShape(hidden=64, layers=3, intermediate=104, vocabulary=100, heads=2, key_value_heads=1)
 DEVICE_SHARE = 0.25
 """Of the compressed bytes, that may stay on the device."""
 PROMPT_TOKENS = 32
 SETTLING = 2
 """Forwards that do not count."""
 GATE_TOKENS = 12
-TOLERANCE = 0.05
-"""Of the norm of the logits, for products in another order; see bench_stream.py."""
+DRY_TOKENS = 4
+TOLERANCES = {"decode": 0.005, "auto": 0.05}
+"""Of the norm of the dense model's logits. Decoded first they should have the same bits, unless cuBLAS takes
+another kernel for the same matrix elsewhere; products in another order: see bench_stream.py."""
 _LINK_BYTES = 1 << 30
 
 
@@ -56,6 +60,17 @@ def stream_shape(settings: Settings, tier: str) -> LlamaShape:
     if settings.dry_run:
         return LLAMA_TINY
     return replace(LLAMA_13B, layers=settings.layers if tier == "host" else settings.disk_layers)
+
+
+@contextmanager
+def without_interpreter() -> Iterator[None]:
+    """In Triton's interpreter a product takes a second: a dry run's models use the CPU's own kernels."""
+    found = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        yield
+    finally:
+        if found is not None:
+            os.environ["TRITON_INTERPRET"] = found
 
 
 # ── one loop for all ────────────────────────────────────────────────────────────────────────────────────────
@@ -146,16 +161,21 @@ def _stats(model: Any) -> Any:
 def load(directory: Path, settings: Settings, tier: str, **options: Any) -> Any:
     """`endor.load` with the weights in this tier: `device` (all of them), `host` or `disk`.
 
-    A CPU has no memory of its own: there `host` and `disk` both stream everything from disk.
+    A dry run on a CPU takes it for a device with memory of its own, so that it goes the same way.
     """
     import endor
+    from endor.loaders import BlockingAccelerator
 
-    options |= {"device": settings.device, "host_memory": None if tier == "device" else 0}
-    if settings.device != "cpu":
-        nbytes = sum(path.stat().st_size for path in files_of(directory, ".safetensors"))
-        options["device_memory"] = None if tier == "device" else int(DEVICE_SHARE * nbytes)
-        options["host_memory"] = 0 if tier == "disk" else None
-    return endor.load(directory, **options)
+    device = settings.torch_device
+    with endor.open(directory) as checkpoint:
+        nbytes = sum(block.nbytes for block in checkpoint.blocks)
+    return endor.load(
+        directory,
+        device=BlockingAccelerator(device) if device.type == "cpu" else device,
+        device_memory=None if tier == "device" else int(DEVICE_SHARE * nbytes),
+        host_memory=0 if tier == "disk" else None,
+        **options,
+    )
 
 
 def close(model: Any) -> None:
@@ -172,44 +192,42 @@ def gate_model(settings: Settings, codec: str) -> Iterator[dict[str, Any]]:
     hush_transformers()
     _no_tuning()
     device = settings.torch_device
-    shape = LLAMA_TINY if settings.dry_run else LLAMA_GATE
-    recipe = Recipe(shape, distinct=shape.layers)
+    shape, tokens = (LLAMA_TINY, DRY_TOKENS) if settings.dry_run else (LLAMA_GATE, GATE_TOKENS)
+    recipe = Recipe(shape, distinct=1 if settings.dry_run else shape.layers)
     directory = Path(settings.folder) / f"gate-{codec}"
     write_endor(directory, recipe, codec, device)
-    dense = generate(dense_on(recipe, device, made_on=device, codec=codec), device, GATE_TOKENS)
+    dense = generate(dense_on(recipe, device, made_on=device, codec=codec), device, tokens)
     turns = {}
     for tier, matmul in (("device", "decode"), ("host", "decode"), ("disk", "decode"), ("host", "auto")):
         model = load(directory, settings, tier, matmul=matmul)
-        turns[tier, matmul] = turn = generate(model, device, GATE_TOKENS)
-        _assert_streams(turn, tier, device, codec)
+        turns[tier, matmul] = turn = generate(model, device, tokens)
+        _assert_streams(turn, tier, codec)
         close(model)
     resident = turns["device", "decode"]
     for tier in ("host", "disk"):
         _assert_same(turns[tier, "decode"], resident, f"{codec} from {tier}", "resident")
-    assert resident.ids == dense.ids, f"{codec}: tokens {resident.ids}, of the dense model {dense.ids}"
-    errors = {name: _error(turns[key], dense) for name, key in _ERRORS.items()}
-    for name, error in errors.items():
-        assert error <= TOLERANCE, f"{codec}, {name}: logits {error:.1%} from the dense model's"
+    errors = {matmul: _error(turns["host", matmul], dense) for matmul in TOLERANCES}
+    for matmul, error in errors.items():
+        within = error <= TOLERANCES[matmul]
+        assert within, f"{codec}, matmul={matmul}: logits {error:.2%} from the dense model's"
     shutil.rmtree(directory)
     yield {
         "step": "model",
         "codec": codec,
-        "tokens": GATE_TOKENS,
+        "tokens": tokens,
         "logits_error": errors["decode"],
+        "same_tokens": _agreeing(resident.ids, dense.ids),
         "auto_logits_error": errors["auto"],
         "auto_same_tokens": _agreeing(turns["host", "auto"].ids, dense.ids),
     }
 
 
-_ERRORS = {"decode": ("host", "decode"), "auto": ("host", "auto")}
-
-
-def _assert_streams(turn: Turn, tier: str, device: torch.device, codec: str) -> None:
+def _assert_streams(turn: Turn, tier: str, codec: str) -> None:
     """A model that fits would prove nothing about streaming, nor one that streams about being resident."""
     crossed = turn.after.disk_bytes + turn.after.host_bytes
     if tier != "device":
         assert crossed > 0, f"{codec}, {tier}: nothing was streamed"
-    elif device.type == "cuda":  # a CPU's resident weights are in the host's memory, and count as that
+    else:
         assert crossed == 0, f"{codec}: {crossed} bytes were streamed of what should be resident"
 
 
@@ -245,6 +263,7 @@ def bench_endor(
     """One line: Endor with this codec, streaming from `host` or `disk`."""
     hush_transformers()
     device, shape = settings.torch_device, stream_shape(settings, tier)
+    tokens = min(tokens, DRY_TOKENS) if settings.dry_run else tokens
     directory = _room(settings, tier) / f"{tier}-{codec}"
     try:
         began = time.perf_counter()
@@ -339,6 +358,7 @@ def _endor_figures(turn: Turn, bound: float) -> dict[str, Any]:
     crossed = (spent.disk_bytes + spent.host_bytes) / tokens
     return {
         "crossed_bytes": crossed,
+        "disk_share": spent.disk_bytes / tokens / crossed if crossed else 0.0,
         "bytes_by_tier": {name: count / tokens for name, count in spent.bytes_by_tier().items()},
         "seconds_by_part": {name: s / tokens for name, s in spent.seconds_by_part().items()},
         "bound_tokens_per_s": bound / crossed if crossed else None,

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-GROUPS = ("bounds", "stream", "decode", "matmul", "ring", "disk")
-
 
 def command_of(repository: Path, *arguments: str, interpret: bool) -> tuple[list[str], dict[str, str]]:
     """As on a machine where Endor is not installed: nothing tells Python where the checkout is."""
@@ -57,9 +55,12 @@ def test_a_dry_run_measures_everything_it_should(repository: Path, tmp_path: Pat
     for line in (streamed["endor exponent"], streamed["endor raw"]):
         assert line["logits_error"] < 0.05
         assert line["crossed_bytes"] > 0 < line["of_bound"]
+        assert line["bytes_by_tier"]["host"] > 0 < line["bytes_by_tier"]["device"]
         assert line["times_accelerate"] > 0
     assert {line["title"] for line in report["disk"]} >= {"endor exponent", "accelerate disk_offload"}
-    assert all(line["disk_bytes_per_s"] > 0 for line in report["disk"] if "codec" in line)
+    for line in (line for line in report["disk"] if "codec" in line):
+        assert line["disk_bytes_per_s"] > 0
+        assert line["bytes_by_tier"]["host"] == 0 < line["bytes_by_tier"]["disk"]
     assert not [part for part in report["parts"].values() if part["error"] or part["skipped"]]
     assert {figure["verdict"] for figure in report["figures"]} <= {"met", "missed", "not measured", ""}
 
@@ -74,17 +75,17 @@ def test_parts_run_in_processes_of_their_own_and_leave_no_files(repository: Path
     pytest.importorskip("triton", reason="Triton is not installed")
     file, models = tmp_path / "report.json", tmp_path / "models"
     models.mkdir()
-    words = ("--dry-run", "--isolate", "--parts", "bounds,decode", "--json", str(file))
+    words = ("--dry-run", "--isolate", "--parts", "bounds,stream", "--codecs", "raw", "--json", str(file))
     done = bench(tmp_path, repository, *words, "--directory", str(models), interpret=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads(file.read_text())
     assert report["bounds"]
-    assert {line["what"] for line in report["decode"]} == {"matrix", "layer"}
-    assert not report["stream"]
-    assert "stream-exponent" not in report["parts"]
+    assert [line["title"] for line in report["stream"]] == ["accelerate cpu_offload", "endor raw"]
+    assert set(report["parts"]) == {"gate-raw", "bounds", "stream-accelerate", "stream-raw"}
     assert not list(models.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_an_interrupted_run_leaves_no_files(repository: Path, tmp_path: Path, number: signal.Signals) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -120,3 +121,9 @@ def test_unknown_parts_are_refused_by_name(repository: Path, tmp_path: Path) -> 
     done = bench(tmp_path, repository, "--parts", "decode,speed", interpret=False)
     assert done.returncode == 2
     assert "unknown parts: speed; there are bounds, stream, decode, matmul, ring, disk" in done.stderr
+
+
+def test_unknown_codecs_are_refused_by_name(repository: Path, tmp_path: Path) -> None:
+    done = bench(tmp_path, repository, "--codecs", "zip", interpret=False)
+    assert done.returncode == 2
+    assert "unknown codecs: zip; there are raw, exponent, int8, int4" in done.stderr

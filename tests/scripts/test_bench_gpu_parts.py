@@ -309,6 +309,14 @@ def test_a_model_with_wrong_logits_keeps_no_speed(report: ModuleType, tmp_path: 
     assert other == lines[-1]
 
 
+def test_what_memory_did_not_hold_is_said(report: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"title": "endor raw", "layers": 40, "tokens_per_s": 1.0}
+    for share in (0.0, 0.25):
+        found = empty_report() | {"stream": [line | {"disk_share": share}], "notes": [], "parts": {}}
+        report.show(found | {"figures": []})
+        assert ("memory did not hold 25%" in capsys.readouterr().out) == (share > 0)
+
+
 def test_models_with_other_numbers_of_layers_are_not_compared(report: ModuleType, tmp_path: Path) -> None:
     mine = model_line(tmp_path, "endor raw", [1.0], codec="raw")
     compared, _ = report.compare_logits([mine, model_line(tmp_path, "accelerate", [1.0], layers=8)])
