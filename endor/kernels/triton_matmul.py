@@ -166,9 +166,12 @@ def linear(
     way = tile or _way(product, packed, x_rows)
     if not isinstance(way, Tile):
         return None
-    y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
+    y = x.new_empty((*x.shape[:-1], rows))
     found = new_status(x.device) if status is None else status
-    _launch(x.detach().contiguous(), product, bias, y, x_rows=x_rows, status=found, tile=way)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    x = x if x.is_contiguous() else x.contiguous()
+    _launch(x, product, bias, y, x_rows=x_rows, status=found, tile=way)
     if status is None:
         raise_for(found)
     return y
@@ -269,10 +272,10 @@ def _launch(
     programs = -(-operand.layout.geometry.row_blocks // tile.blocks)
     with on_device(x):
         matmul_kernel[(programs,)](
-            x.view(torch.int16),
+            x,
             *operand.sections,
-            None if bias is None else bias.detach().contiguous().view(torch.int16),
-            y.view(torch.int16),
+            bias,
+            y,
             status,
             x_rows,
             *operand.sizes,

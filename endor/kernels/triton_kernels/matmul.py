@@ -50,12 +50,16 @@ def matmul_kernel(
     """y [x_rows, rows] = x [x_rows, cols] W^T + bias, sums in float32; B row blocks per program.
 
     Args:
-        x, bias, y: int16, the bits of bfloat16 or float16 (KIND); bias may be None.
+        x, bias, y: bfloat16 or float16 (KIND), whose bits are handled as int16; bias may be None.
         status: int64 [1], lowered to what was wrong; y is then undefined.
         M: 1, or a power of two from 16 on that is not below x_rows.
         EXACT_DOT: multiply matrices in float32, for the interpreter, which cannot multiply bfloat16.
         The others: see `decode_kernel`.
     """
+    x = x.to(tl.pointer_type(tl.int16))
+    y = y.to(tl.pointer_type(tl.int16))
+    if bias is not None:
+        bias = bias.to(tl.pointer_type(tl.int16))
     number = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     block = number[:, None]
     first_row = block * row_block
