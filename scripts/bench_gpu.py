@@ -95,7 +95,7 @@ def _endor(codec: str, tier: str, tokens: int) -> Part:
 
 def _accelerate(tier: str, tokens: int) -> Part:
     run = partial(_model, run=partial(bench_accelerate, tier=tier, tokens=tokens))
-    return Part(f"{'stream' if tier == 'host' else tier}-accelerate", run, needs_s=30, limit_s=90)
+    return Part(f"{'stream' if tier == 'host' else tier}-accelerate", run, needs_s=45, limit_s=90)
 
 
 GATES = tuple(Part(f"gate-{c}", partial(_gate, codec=c), needs_s=0, limit_s=170, codec=c) for c in CODECS)
@@ -365,8 +365,14 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
             is_wanted = part.codec is None or part.codec in arguments.codecs
             if is_wanted and part.name.partition("-")[0] in arguments.parts:
                 run.measure(part, missing_for(part, settings))
+                _save(run, notes, arguments.json)  # whatever ends this process: what was found is there
         report = report_of(run, notes)
     return report | {"seconds": time.time() - began}
+
+
+def _save(run: Run, notes: Iterable[str], file: Path | None) -> None:
+    if file is not None:
+        write_json(file, report_of(run, notes))
 
 
 def _on_sigterm(_number: int, _frame: object) -> NoReturn:

@@ -73,7 +73,7 @@ def _matmul_figures(lines: Lines) -> Iterator[Figure]:
     times = {(tuple(r["shape"]), r["rows"], r["what"]): r for r in lines}
     shapes = list(dict.fromkeys(shape for shape, _, _ in times))
     for shape in shapes or [()]:
-        size = "x".join(map(str, shape))
+        size = "x".join(map(str, shape)) or "of any shape"
         best = [
             (f"{codec} {r['times_dense']:.2f}x", r["times_dense"] >= 1.4)
             for codec in ("raw", "exponent")

@@ -171,7 +171,7 @@ def load(directory: Path, settings: Settings, tier: str, **options: Any) -> Any:
         nbytes = sum(block.nbytes for block in checkpoint.blocks)
     return endor.load(
         directory,
-        device=BlockingAccelerator(device) if device.type == "cpu" else device,
+        device=device if device.type == "cuda" else BlockingAccelerator(device),
         device_memory=None if tier == "device" else int(DEVICE_SHARE * nbytes),
         host_memory=0 if tier == "disk" else None,
         **options,

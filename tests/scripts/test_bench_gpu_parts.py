@@ -353,6 +353,36 @@ def test_the_first_forwards_do_not_count(scripts: None) -> None:
     assert turn.tokens_per_s == 2.0
 
 
+def test_little_time_means_fewer_tokens_but_one_that_counts(scripts: None, parts: ModuleType) -> None:
+    models = importlib.import_module("bench_gpu_models")
+    stream = importlib.import_module("bench_gpu_stream")
+    cpu = torch.device("cpu")
+    model = models.dense_on(models.Recipe(stream.LLAMA_TINY, distinct=1), cpu, made_on=cpu)
+    deadline = parts.Deadline(time.time())
+    turn = stream.generate(model, cpu, 50, deadline=deadline)
+    assert len(turn.ids) == 3
+    assert len(turn.counted_s) == 1
+    assert deadline.skipped == ["47 of 50 tokens, for lack of time"]
+    assert stream.generate(model, cpu, 3).ids == turn.ids
+
+
+def test_caches_are_emptied_before_each_token_and_who_reads_ahead_pays_for_it(scripts: None) -> None:
+    models = importlib.import_module("bench_gpu_models")
+    stream = importlib.import_module("bench_gpu_stream")
+    cpu = torch.device("cpu")
+    model = models.dense_on(models.Recipe(stream.LLAMA_TINY, distinct=1), cpu, made_on=cpu)
+    calls: list[float] = []
+
+    def prepare() -> None:
+        calls.append(time.perf_counter())
+        time.sleep(0.2)
+
+    free = stream.generate(model, cpu, 4, prepare=prepare)
+    paid = stream.generate(model, cpu, 4, prepare=prepare, counts_preparing=True)
+    assert len(calls) == 8
+    assert min(paid.seconds) >= 0.2 > min(free.seconds)
+
+
 @pytest.mark.parametrize("codec", ["raw", "exponent", "int8", "int4"])
 def test_a_checkpoint_is_not_larger_than_the_room_that_is_asked_for(
     scripts: None, tmp_path: Path, codec: str
@@ -360,7 +390,7 @@ def test_a_checkpoint_is_not_larger_than_the_room_that_is_asked_for(
     models = importlib.import_module("bench_gpu_models")
     common = importlib.import_module("bench_common")
     shape = common.LlamaShape(
-        hidden=256, layers=3, intermediate=704, vocabulary=500, heads=4, key_value_heads=2
+        hidden=256, layers=3, intermediate=352, vocabulary=500, heads=4, key_value_heads=2
     )
     nbytes = models.write_endor(tmp_path, models.Recipe(shape, distinct=1), codec, torch.device("cpu"))
     bound = models.packed_bytes(shape, 3, codec)
