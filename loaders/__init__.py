@@ -19,7 +19,8 @@ from endor.loaders.accelerator import (
     accelerator_for,
 )
 from endor.loaders.choice import READER_NAMES, KvikioProbe, ReaderChoice, choose_reader, probe_kvikio
-from endor.loaders.flight import OnRead
+from endor.loaders.feed import DiskFeed, feed_bytes_of
+from endor.loaders.flight import OnRead, Source
 from endor.loaders.held import HeldUnits, MemoryReader
 from endor.loaders.kvikio_reader import KvikioReader
 from endor.loaders.mapped import MmapReader
@@ -55,6 +56,7 @@ __all__ = [
     "DeviceMemory",
     "DeviceReader",
     "DirectMode",
+    "DiskFeed",
     "Event",
     "HeldUnits",
     "KvikioProbe",
@@ -74,6 +76,7 @@ __all__ = [
     "ReaderChoice",
     "SlotBuffer",
     "SlotPool",
+    "Source",
     "StagingBuffer",
     "StagingPool",
     "Ticket",
@@ -84,6 +87,7 @@ __all__ = [
     "choose_reader",
     "device_reader",
     "drop_from_page_cache",
+    "feed_bytes_of",
     "probe_kvikio",
     "read_unit",
 ]

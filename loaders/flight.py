@@ -12,8 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-
-import torch
+from typing import Protocol
 
 from endor.errors import LoadError
 from endor.loaders.latch import Latch
@@ -21,11 +20,23 @@ from endor.loaders.plan import Unit
 from endor.loaders.pool import Buffer
 from endor.loaders.reader import Moved, Reader, ReadReport, Ticket, drain
 
-__all__ = ["Flight", "FlightCrew", "Hold", "OnRead"]
+__all__ = ["Flight", "FlightCrew", "Hold", "OnRead", "Source"]
 
 OnRead = Callable[[int, memoryview], None]
 """Called in the background thread with a unit's index and memory after each read of it; what it raises
 surfaces at `acquire`. The memory is `Unit.span_bytes` long, the unit's reads lie at `Unit.op_offsets`."""
+
+
+class Source(Protocol):
+    """Host memory that units are copied to a device from."""
+
+    def bring(self, unit: Unit, buffer: Buffer) -> Moved:
+        """Start the copy of a unit to its slot, and see to it that its bytes stay until that has ended.
+
+        Called in the background thread, in the order of use. Returns what it took to have the bytes; raises
+        what reading them raises.
+        """
+        ...
 
 
 class Hold:
@@ -41,7 +52,7 @@ class Flight:
     """One unit on its way into, or in, the memory it is used in.
 
     After `done` no thread writes to the buffer any more. A device may still copy to it: who uses it lets it
-    `arrive`. With a `source` nothing is read: the bytes are in host memory that stays.
+    `arrive`. With a `source` nothing is read to the buffer; it is copied from there.
     """
 
     __slots__ = (
@@ -57,7 +68,7 @@ class Flight:
         "unit",
     )
 
-    def __init__(self, index: int, unit: Unit, buffer: Buffer, source: torch.Tensor | None = None) -> None:
+    def __init__(self, index: int, unit: Unit, buffer: Buffer, source: Source | None = None) -> None:
         self.index = index
         self.unit = unit
         self.buffer = buffer
@@ -111,7 +122,7 @@ class FlightCrew:
 def _work(tasks: SimpleQueue[Flight | Latch | None], reader: Reader, on_read: OnRead | None) -> None:
     """Finish tasks in order; submit every known read before waiting for the oldest: the disk never idles.
 
-    What a device still copies from cannot be written to yet. Such a flight is submitted later, in its turn,
+    What a device still uses cannot be written to yet. Such a flight is submitted later, in its turn,
     because behind it in the queue may be others that have nothing to wait for.
     """
     started: deque[Flight | Latch | None] = deque()
@@ -169,10 +180,9 @@ def _finish(flight: Flight, reader: Reader, on_read: OnRead | None) -> None:
             flight.report += reader.wait(ticket)
         if not flight.cancelled:
             if flight.source is not None:
-                flight.report += Moved(bytes_memory=flight.unit.total_bytes)
+                flight.report += flight.source.bring(flight.unit, flight.buffer)
             elif on_read is not None:
                 on_read(flight.index, flight.buffer.read_bytes(flight.unit.span_bytes))
-            flight.buffer.land(flight.unit.span_bytes, flight.source)
     except BaseException as error:  # noqa: BLE001 - a thread's boundary, as above
         flight.error = flight.error or error
         drain(reader, flight.tickets)

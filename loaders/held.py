@@ -20,6 +20,7 @@ import torch
 from endor.errors import LoadError
 from endor.loaders.chunks import ChunkedReader
 from endor.loaders.plan import ReadOp, Unit
+from endor.loaders.pool import Buffer
 from endor.loaders.posix import DEFAULT_CHUNK_BYTES, DEFAULT_THREADS, PosixFile
 from endor.loaders.reader import Destination, DirectMode, Moved, Reader, read_unit
 from endor.loaders.staging import StagingBuffer, StagingPool
@@ -72,6 +73,11 @@ class HeldUnits:
     def find(self, unit: Unit) -> torch.Tensor | None:
         """uint8 [unit.span_bytes], not to be written to; None for a unit that is not held."""
         return self._held.get(unit.ops)
+
+    def bring(self, unit: Unit, buffer: Buffer) -> Moved:
+        """Start the copy of a unit that is held to its slot."""
+        buffer.land(self._held[unit.ops])
+        return Moved(bytes_memory=unit.total_bytes)
 
     def close(self) -> None:
         """Free the memory; whatever copies from it has to be over. Idempotent."""

@@ -1,9 +1,7 @@
 """What lends memory, in page-aligned ranges of one arena: the part that host and device memory share.
 
 Where a range begins is decided first-fit by what is lent, so a plan can say in advance how large an arena has
-to be (`LoadPlan.ring_bytes`). A range of host memory is used where it was read to. One of device memory is
-read into host memory first and copied on: the methods from `is_writable` on are that way, and do nothing for
-host memory.
+to be (`LoadPlan.ring_bytes`).
 """
 
 from __future__ import annotations
@@ -54,11 +52,11 @@ class Buffer(ABC):
         nothing."""
         self.released = True
 
-    # The way of one unit's bytes, in this order. Only `arrive` and `reuse` are the consumer's.
+    # What memory of a device needs; nothing to do for host memory, which is used where it was read to.
 
     @property
     def is_writable(self) -> bool:
-        """Whether nothing uses what a reader would write to any more; does not wait."""
+        """Whether nothing uses the range any more; does not wait."""
         return True
 
     def wait_writable(self) -> None:
@@ -73,9 +71,9 @@ class Buffer(ABC):
         """What was read, in host memory."""
         return self.memory[:length_bytes]
 
-    def land(self, length_bytes: int, source: torch.Tensor | None = None) -> None:  # noqa: ARG002 - see above
-        """Start the copy to where the bytes are used, from `source` or from what was read."""
-        return
+    def land(self, source: torch.Tensor) -> None:
+        """Start the copy of a unit from host memory to the beginning of the range."""
+        raise NotImplementedError
 
     def arrive(self) -> None:
         """What this thread starts from now on may use `tensor`."""

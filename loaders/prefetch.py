@@ -14,6 +14,7 @@ import os
 import threading
 import warnings
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from time import perf_counter
 from types import TracebackType
@@ -23,8 +24,7 @@ import torch
 
 from endor.errors import LoadError, PlanError
 from endor.loaders.accelerator import Copied
-from endor.loaders.flight import Flight, FlightCrew, Hold, OnRead
-from endor.loaders.held import HeldUnits
+from endor.loaders.flight import Flight, FlightCrew, Hold, OnRead, Source
 from endor.loaders.plan import LoadPlan, Unit
 from endor.loaders.pool import Pool
 from endor.loaders.reader import Moved, Reader, ReadReport, name_unit
@@ -146,8 +146,7 @@ class Prefetcher:
         reader: of files.
         pool: of the memory that units are used in; host memory by default.
         on_read: see `OnRead`.
-        held: units that are in host memory and are not read; for pools of a device. Its owner's to close,
-            after the prefetcher.
+        source_of: says from where a unit is copied to a device's memory; None for one that is read there.
     """
 
     def __init__(
@@ -157,7 +156,7 @@ class Prefetcher:
         pool: Pool[Any] | None = None,
         *,
         on_read: OnRead | None = None,
-        held: HeldUnits | None = None,
+        source_of: Callable[[Unit], Source | None] | None = None,
     ) -> None:
         if pool is not None and pool.capacity_bytes < plan.largest_unit_bytes:
             largest = max(plan.units, key=lambda unit: unit.span_bytes)
@@ -167,7 +166,7 @@ class Prefetcher:
             )
         self.plan = plan
         self._pool: Pool[Any] = StagingPool(plan.ring_bytes) if pool is None else pool
-        self._held_units = held
+        self._source_of = source_of
         self._lock = threading.Lock()
         self._ahead: deque[Flight] = deque()
         self._held: list[Flight] = []
@@ -295,7 +294,7 @@ class Prefetcher:
         buffer = self._pool.try_allocate(unit.span_bytes)
         if buffer is None:
             return None
-        source = None if self._held_units is None else self._held_units.find(unit)
+        source = None if self._source_of is None else self._source_of(unit)
         flight = Flight(index, unit, buffer, source)
         self._crew.launch(flight)
         self._next = (index + 1) % len(self.plan.units)

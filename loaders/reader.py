@@ -233,7 +233,7 @@ def read_unit(reader: Reader, unit: Unit, memory: memoryview) -> ReadReport:
 
 def name_unit(error: BaseException, unit: Unit) -> BaseException:
     """An error of reading `unit`, with its name."""
-    if type(error) is LoadError:
+    if type(error) is LoadError and not str(error).startswith(f"unit {unit.name!r}: "):
         named = LoadError(f"unit {unit.name!r}: {error}", errno=error.errno)
         named.__cause__ = error
         return named

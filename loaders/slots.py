@@ -3,15 +3,13 @@
 Who owns what, and for how long. A slot is its unit's from `try_allocate` to `release`. The device may still
 read it then: the kernels of its block are queued. So a range remembers its last stays: which copy filled it,
 and an event behind the work that used it. The next copy to the range waits for that work, in the order of
-copies; no thread waits. The host memory in front of a slot (its bounce, at the same offset of a pinned arena)
-may be written again when the copy from it has ended; for that the thread that reads waits, never the one that
-runs the model. The arenas outlive every copy and kernel, because closing waits for them: so no tensor needs
-`record_stream`.
+copies; no thread waits. A reader that writes to device memory knows no such order: for it a thread waits, but
+never the one that runs the model. What is copied from is its owner's to keep until the copy has ended. The
+arena outlives every copy and kernel, because closing waits for them: so no tensor needs `record_stream`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +18,6 @@ from endor.loaders.accelerator import Accelerator, Copied, Event
 from endor.loaders.plan import ReadOp
 from endor.loaders.pool import Buffer, Pool
 from endor.loaders.reader import Reader, Ticket, device_reader
-from endor.loaders.staging import StagingPool
 
 __all__ = ["SlotBuffer", "SlotPool"]
 
@@ -38,9 +35,14 @@ class _Stay:
     def is_over(self) -> bool:
         return self.left.is_done and (self.copied is None or self.copied.ended.is_done)
 
+    def wait(self) -> None:
+        if self.copied is not None:
+            self.copied.ended.wait()
+        self.left.wait()
+
 
 class SlotBuffer(Buffer):
-    """A slot, and the host memory in front of it if the pool has that."""
+    """A slot."""
 
     __slots__ = ("_before", "_pool")
 
@@ -51,13 +53,14 @@ class SlotBuffer(Buffer):
 
     @property
     def memory(self) -> memoryview:
-        """The host memory in front of the slot, writable."""
-        self._check_live()
-        return self._pool._bounce_bytes(self.offset_bytes, self.length_bytes)
+        raise ValueError(
+            "a slot is device memory: units are copied to it, or read by a reader that reaches it"
+        )
 
     def tensor(self, offset_bytes: int = 0, length_bytes: int | None = None) -> torch.Tensor:
         """A range of the slot, on the device."""
-        self._check_live()
+        if self.released or self._pool.closed:
+            raise ValueError("a slot was used after it was released: its bytes may be another unit's by now")
         length = self._checked(offset_bytes, length_bytes)
         return self._pool._tensor.narrow(0, self.offset_bytes + offset_bytes, length)
 
@@ -68,11 +71,11 @@ class SlotBuffer(Buffer):
 
     @property
     def is_writable(self) -> bool:
-        return all(event.is_done for event in self._in_the_way())
+        return all(stay.is_over for stay in self._before)
 
     def wait_writable(self) -> None:
-        for event in self._in_the_way():
-            event.wait()
+        for stay in self._before:
+            stay.wait()
 
     def submit(self, reader: Reader, op: ReadOp, offset_bytes: int) -> Ticket:
         into_slots = self._pool.into_slots
@@ -81,19 +84,12 @@ class SlotBuffer(Buffer):
         return into_slots.submit(op, self.tensor(offset_bytes, op.length_bytes))
 
     def read_bytes(self, length_bytes: int) -> memoryview:
-        if self._pool.into_slots is not None:
-            return self.tensor(0, length_bytes).cpu().numpy().data
-        return super().read_bytes(length_bytes)
+        return self.tensor(0, length_bytes).cpu().numpy().data
 
-    def land(self, length_bytes: int, source: torch.Tensor | None = None) -> None:
-        if source is None and self._pool.into_slots is not None:
-            return  # the bytes are there
-        if source is None:
-            source = self._pool._bounce_tensor(self.offset_bytes, length_bytes)
-        target = self.tensor(0, length_bytes)
-        self.copied = self._pool.accelerator.copy(
-            [(target, source)], after=[stay.left for stay in self._before]
-        )
+    def land(self, source: torch.Tensor) -> None:
+        pair = (self.tensor(0, source.numel()), source)
+        after = [stay.left for stay in self._before]
+        self.copied = self._pool.accelerator.copy([pair], after=after)
 
     def arrive(self) -> None:
         if self.copied is not None:
@@ -109,18 +105,6 @@ class SlotBuffer(Buffer):
         left = self._pool.accelerator.mark()
         self._pool._stays.append(_Stay(self.offset_bytes, end, self.copied, left))
 
-    def _in_the_way(self) -> Iterator[Event]:
-        """What has to be over before a reader may write."""
-        for stay in self._before:
-            if stay.copied is not None:
-                yield stay.copied.ended
-            if self._pool.into_slots is not None:
-                yield stay.left
-
-    def _check_live(self) -> None:
-        if self.released or self._pool.closed:
-            raise ValueError("a slot was used after it was released: its bytes may be another unit's by now")
-
 
 class SlotPool(Pool[SlotBuffer]):
     """Memory of a device, lent first-fit.
@@ -128,24 +112,17 @@ class SlotPool(Pool[SlotBuffer]):
     Args:
         capacity_bytes: rounded up to whole huge pages.
         accelerator: of the device.
-        bounce: have as much pinned host memory in front, for what is read from disk. Without it units come
-            from memory that is pinned already, or by a reader that writes to device memory.
         reader: if it is one that writes to device memory (GPUDirect Storage) it does, into the slots, which
-            are registered with it once; then there is no bounce.
+            are registered with it once.
 
-    Raises PlanError where there is not so much memory of either kind.
+    Raises PlanError where there is not so much memory.
 
     Attributes:
-        into_slots: that reader; None if what is read goes through host memory.
+        into_slots: that reader; None if units are copied from host memory.
     """
 
     def __init__(
-        self,
-        capacity_bytes: int,
-        accelerator: Accelerator,
-        *,
-        bounce: bool = True,
-        reader: Reader | None = None,
+        self, capacity_bytes: int, accelerator: Accelerator, *, reader: Reader | None = None
     ) -> None:
         super().__init__(capacity_bytes)
         self.accelerator = accelerator
@@ -153,21 +130,13 @@ class SlotPool(Pool[SlotBuffer]):
         self._stays: list[_Stay] = []
         self._tensor = accelerator.empty(self.capacity_bytes)
         self._deregister = self.into_slots.register(self._tensor) if self.into_slots else None
-        wants_bounce = bounce and self.into_slots is None
-        self._bounce = StagingPool(self.capacity_bytes, pin=accelerator.pin) if wants_bounce else None
-        self._bounce_all = self._bounce.allocate(self.capacity_bytes) if self._bounce else None
-
-    @property
-    def bounce_bytes(self) -> int:
-        """Pinned host memory."""
-        return self._bounce.capacity_bytes if self._bounce else 0
 
     def settle(self) -> None:
         self.accelerator.settle()
         self._stays.clear()
 
     def close(self) -> None:
-        """Give the memory of both kinds back, once the device has done what uses it. Idempotent."""
+        """Give the memory back, once the device has done what uses it. Idempotent."""
         if self.closed:
             return
         self.closed = True
@@ -176,8 +145,6 @@ class SlotPool(Pool[SlotBuffer]):
         deregister, self._deregister = self._deregister, None
         if deregister is not None:
             deregister()
-        if self._bounce is not None:
-            self._bounce.close()
         self._tensor = torch.empty(0, dtype=torch.uint8)
 
     def _make(self, offset_bytes: int, length_bytes: int) -> SlotBuffer:
@@ -187,13 +154,3 @@ class SlotPool(Pool[SlotBuffer]):
         """Those in a range that are not over."""
         self._stays = [stay for stay in self._stays if not stay.is_over]
         return tuple(stay for stay in self._stays if stay.start < end and start < stay.end)
-
-    def _bounce_bytes(self, offset_bytes: int, length_bytes: int) -> memoryview:
-        if self._bounce_all is None:
-            raise ValueError("this pool has no host memory in front of its slots")
-        return self._bounce_all.memory[offset_bytes : offset_bytes + length_bytes]
-
-    def _bounce_tensor(self, offset_bytes: int, length_bytes: int) -> torch.Tensor:
-        if self._bounce_all is None:
-            raise ValueError("this pool has no host memory in front of its slots")
-        return self._bounce_all.tensor(offset_bytes, length_bytes)

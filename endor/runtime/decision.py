@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from endor.loaders.feed import feed_bytes_of
 from endor.loaders.plan import ring_bytes_of, round_up
 from endor.loaders.staging import HUGE_PAGE_BYTES
 from endor.runtime.placement import Placement, plan_placement, plan_tiers
@@ -95,7 +96,7 @@ def decide(sizes: ModelSizes, budgets: Budgets, *, depth: int, context_tokens: i
     memory = _memory(sizes, placement, dense, slots, own_memory, depth=depth)
     if not own_memory:
         return Decision(placement, dense, slots, memory)
-    pinned = _pinned(sizes, placement, dense, memory)
+    pinned = _pinned(sizes, placement, dense, slots, depth=depth)
     cache = sizes.cache_bytes_per_token * context_tokens
     activations = sizes.activation_bytes_per_token * context_tokens + sizes.logits_bytes
     memory = replace(memory, cache=cache, activations=activations)
@@ -183,20 +184,27 @@ def _memory(
     )
 
 
-def _pinned(sizes: ModelSizes, placement: Placement, dense: frozenset[str], device: Memory) -> Memory:
-    """The host's: blocks that stay there, and a bounce buffer for all that comes from disk to the device.
+def _pinned(
+    sizes: ModelSizes, placement: Placement, dense: frozenset[str], slots: int, *, depth: int
+) -> Memory:
+    """The host's: blocks that stay there, and what is read from disk on its way to the device.
 
-    The bounce ring mirrors the device's, so that a unit has the same place in both; with nothing read from
-    disk there is none. Every expert comes from disk once, and has a bounce buffer beside its slot.
+    The disk has a ring of its own, so that it goes on while blocks from memory are in turn.
     """
-    bounced = any(from_disk for _, from_disk in _streamed(sizes, placement, dense, own_memory=True))
+    streamed = _streamed(sizes, placement, dense, own_memory=True)
+    from_disk = [piece.span_bytes for piece, is_read in streamed if is_read]
     return Memory(
-        ring=device.ring if bounced else 0,
+        ring=_arena(feed_bytes_of(from_disk, depth)) if from_disk else 0,
         resident=_arena(sum(sizes.blocks[i].whole.span_bytes for i in placement.host)),
-        experts=device.experts,
+        experts=_arena(expert_buffers(depth, slots) * _slot_bytes(sizes.experts)),
         scratch=0,
         dense=0,
     )
+
+
+def expert_buffers(depth: int, slots: int) -> int:
+    """Pinned buffers through which experts are read on their way to so many slots of a device."""
+    return min(slots, max(2, depth + 1))
 
 
 def _scratch(decoded: Sequence[Piece], *, own_memory: bool) -> int:

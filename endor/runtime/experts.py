@@ -17,7 +17,7 @@ import torch
 from endor.errors import LoadError
 from endor.formats.packed import PackedTensor
 from endor.kernels.tensor import BitmapTensor
-from endor.loaders import Buffer, HeldUnits, Pool, Reader, SlotPool, StagingPool, Ticket, Unit
+from endor.loaders import Buffer, Event, Pool, Reader, SlotPool, StagingPool, Ticket, Unit
 from endor.loaders.reader import drain
 from endor.runtime.stats import StatsRecorder
 
@@ -39,6 +39,7 @@ class Expert:
 @dataclass
 class _Slot:
     buffer: Buffer
+    staging: Buffer | None = None  # what it is read to on its way to a device
     expert: Expert | None = None
     tickets: list[Ticket] = field(default_factory=list)
     weights: Mapping[str, PackedTensor] | None = None
@@ -56,7 +57,8 @@ class ExpertCache:
         slot_bytes: of the largest expert, in whole pages.
         slots: at least two, so that one is read while another is used.
         ahead: read what is announced before it is asked for.
-        held: experts in host memory, which are copied to a device and not read; its owner's to close.
+        staging: pinned host memory, of at least two experts, that experts are read to and copied to a
+            device from; its owner's to close. None where they are used where they were read to.
         stats: where bytes and waiting are counted.
     """
 
@@ -69,16 +71,18 @@ class ExpertCache:
         slot_bytes: int,
         slots: int,
         ahead: bool = True,
-        held: HeldUnits | None = None,
+        staging: StagingPool | None = None,
         stats: StatsRecorder,
     ) -> None:
         self._reader = reader
-        self._held = held
+        self._staging = staging
+        self._copying: deque[tuple[Event, Buffer]] = deque()
         self._on_device = isinstance(pool, SlotPool)
         self._expert_of = expert_of
         self._ahead = ahead
         self._stats = stats
         self._pool: Pool[Any] = StagingPool(slots * slot_bytes) if pool is None else pool
+        self._slot_bytes = slot_bytes
         self._all = [_Slot(self._pool.allocate(slot_bytes)) for _ in range(slots)]
         self._free = list(self._all)
         self._taken: OrderedDict[ExpertKey, _Slot] = OrderedDict()
@@ -99,6 +103,9 @@ class ExpertCache:
         if self.slots != len(self._all):  # Ctrl-C came between two of our steps
             taken = {id(slot) for slot in self._taken.values()}
             self._free = [slot for slot in self._all if id(slot) not in taken]
+        if self._staging is not None:  # the same
+            held = [slot.staging for slot in self._taken.values() if slot.staging is not None]
+            self._staging.reclaim(keep=[*held, *(buffer for _, buffer in self._copying)])
         self._wanted = deque(keys)
         self._in_use = None
         self._fill()
@@ -127,6 +134,8 @@ class ExpertCache:
         """End all reads and free the memory. Idempotent."""
         for slot in self._taken.values():
             drain(self._reader, slot.tickets)
+        while self._copying:
+            self._end_oldest_copy()
         self._taken.clear()
         self._free.clear()
         self._pool.close()
@@ -139,7 +148,6 @@ class ExpertCache:
             if not again:
                 self._count(unit)
             return slot.weights
-        source = None if self._held is None else self._held.find(unit)
         with self._stats.waiting(unit.name):
             try:
                 for ticket in slot.tickets:
@@ -147,17 +155,23 @@ class ExpertCache:
             except LoadError:
                 self._abandon(key)
                 raise
-            slot.buffer.land(unit.span_bytes, source)
-            slot.buffer.arrive()
+            self._copy(slot, unit)
         self._stats.copied(unit.name, slot.buffer.copied)
-        if source is None:
-            self._stats.disk_bytes += unit.total_bytes
-        else:
-            self._stats.host_bytes += unit.total_bytes
+        self._stats.disk_bytes += unit.total_bytes
         slot.tickets = []
         places = zip(unit.op_offsets, unit.ops, strict=True)
         slot.weights = slot.expert.unpack([slot.buffer.tensor(at, op.length_bytes) for at, op in places])
         return slot.weights
+
+    def _copy(self, slot: _Slot, unit: Unit) -> None:
+        """Copy an expert that was read to the device, if that is where it is used."""
+        if slot.staging is None:
+            return
+        slot.buffer.land(slot.staging.tensor(0, unit.span_bytes))
+        slot.buffer.arrive()
+        assert slot.buffer.copied is not None
+        self._copying.append((slot.buffer.copied.ended, slot.staging))
+        slot.staging = None
 
     def _count(self, unit: Unit) -> None:
         """Count an expert that was in memory already."""
@@ -174,26 +188,52 @@ class ExpertCache:
                 break
 
     def _launch(self, key: ExpertKey) -> _Slot | None:
-        slot = self._empty_slot()
+        """Begin to read an expert, if there is room for it."""
+        staging = self._room_to_read()
+        slot = self._empty_slot() if staging is not None or self._staging is None else None
         if slot is None:
+            if staging is not None:
+                staging.release()
             return None
         self._taken[key] = slot
+        slot.staging = staging
         try:
             slot.expert = expert = self._expert_of(key)
-            if self._held is not None and self._held.find(expert.unit) is not None:
-                return slot
-            slot.buffer.wait_writable()
+            buffer = slot.buffer if staging is None else staging
+            buffer.wait_writable()
             for op, start in zip(expert.unit.ops, expert.unit.op_offsets, strict=True):
-                slot.tickets.append(slot.buffer.submit(self._reader, op, start))
+                slot.tickets.append(buffer.submit(self._reader, op, start))
         except BaseException:
             self._abandon(key)
             raise
         return slot
 
+    def _room_to_read(self) -> Buffer | None:
+        """Pinned memory for an expert on its way; None where all of it is taken, or none is needed."""
+        if self._staging is None:
+            return None
+        while self._copying and self._copying[0][0].is_done:
+            self._end_oldest_copy()
+        buffer = self._staging.try_allocate(self._slot_bytes)
+        if buffer is None and self._copying:
+            self._end_oldest_copy()
+            buffer = self._staging.try_allocate(self._slot_bytes)
+        return buffer
+
+    def _end_oldest_copy(self) -> None:
+        ended, staging = self._copying.popleft()
+        ended.wait()
+        staging.release()
+
     def _launch_instead(self, key: ExpertKey) -> _Slot:
-        """When announced experts have all slots: the one that is announced for last gives way."""
-        candidates = (*reversed(self._wanted), *self._taken)
-        self._abandon(next(k for k in candidates if k in self._taken))
+        """When announced experts have all room: the one that is announced for last gives way."""
+        candidates = [k for k in (*reversed(self._wanted), *self._taken) if k in self._taken and k != key]
+        if (
+            self._staging is not None
+            and self._staging.lent_bytes + self._slot_bytes > self._staging.capacity_bytes
+        ):
+            candidates = [k for k in candidates if self._taken[k].staging is not None] or candidates
+        self._abandon(candidates[0])
         slot = self._launch(key)
         assert slot is not None
         return slot
@@ -214,6 +254,9 @@ class ExpertCache:
         slot = self._taken.pop(key)
         drain(self._reader, slot.tickets)
         slot.tickets, slot.weights, slot.expert = [], None, None
+        if slot.staging is not None:
+            slot.staging.release()
+            slot.staging = None
         slot.buffer.reuse()
         while slot.lent:
             part = slot.lent.pop()()

@@ -1,7 +1,9 @@
 """How long a pass over a model takes when reading, copying and computing overlap in a ring: by simulation.
 
 A unit is read when its turn on the disk comes and the unit `depth + 1` before it has left the ring; then it
-is copied to the device, if that has memory of its own; then it is used. Units that stay only take their work.
+is used. On a device with memory of its own it is copied to a slot of that ring first, from host memory: from a
+ring there, which is read ahead by `depth` units from disk whatever the slots do, or from where it stays.
+Units that stay where they are used only take their work.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ __all__ = ["Overlap", "Step", "overlap"]
 
 _WARM_UP: Final = 4
 _MEASURED: Final = 4
+_COPYING: Final = 2
+"""Units from disk that may still be copied to a device while `depth` others are read (`DiskFeed`)."""
 """Passes: the first ones start with an empty ring; the rest repeat, alone or in pairs."""
 
 
@@ -67,21 +71,40 @@ class _Ring:
         self._disk_free_s = 0.0
         self._link_free_s = 0.0
         self._released_s: list[float] = []
+        self._copied_s: list[float] = []
 
     def run(self, step: Step) -> None:
         """Wait for the step's bytes, if it has to, and do its work."""
         if not step.is_streamed:
             self.now_s += step.work_s
             return
-        begin_s = max(self._disk_free_s, self._room_s())
-        self._disk_free_s = begin_s + step.read_s
-        self._link_free_s = max(self._link_free_s, self._disk_free_s) + step.copy_s
-        self.now_s = max(self.now_s, self._link_free_s) + step.work_s
+        here_s = self._copy(step) if step.copy_s else self._read(step, self._slot_free_s())
+        self.now_s = max(self.now_s, here_s) + step.work_s
         self._released_s.append(self.now_s)
 
-    def _room_s(self) -> float:
-        """When there is room for the next unit in the ring; with nothing read ahead, when it is asked for."""
-        if self._depth == 0:
-            return self.now_s
-        before = len(self._released_s) - self._depth - 1
-        return self._released_s[before] if before >= 0 else 0.0
+    def _read(self, step: Step, room_s: float) -> float:
+        """When it has been read, to memory that is free from `room_s` on."""
+        self._disk_free_s = max(self._disk_free_s, room_s) + step.read_s
+        return self._disk_free_s
+
+    def _copy(self, step: Step) -> float:
+        """When it is on the device. What is read for that goes to host memory, which has room of its own."""
+        read_s = self._read(step, self._host_free_s()) if step.read_s else 0.0
+        self._link_free_s = max(self._link_free_s, read_s, self._slot_free_s()) + step.copy_s
+        if step.read_s:
+            self._copied_s.append(self._link_free_s)
+        return self._link_free_s
+
+    def _slot_free_s(self) -> float:
+        """When there is room for the next unit where it is used; with nothing read ahead, when it is asked
+        for."""
+        return _freed_s(self._released_s, self._depth + 1) if self._depth else self.now_s
+
+    def _host_free_s(self) -> float:
+        """The same in the host memory in front of a device."""
+        return _freed_s(self._copied_s, self._depth + _COPYING) if self._depth else self.now_s
+
+
+def _freed_s(ends_s: Sequence[float], room: int) -> float:
+    """When a ring with room for so many has room again, of which so many have been given back."""
+    return ends_s[-room] if len(ends_s) >= room else 0.0

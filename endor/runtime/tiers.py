@@ -15,6 +15,7 @@ import torch
 from endor.errors import EndorError
 from endor.loaders import (
     Accelerator,
+    DiskFeed,
     Event,
     HeldUnits,
     LoadPlan,
@@ -22,11 +23,13 @@ from endor.loaders import (
     Prefetcher,
     Reader,
     SlotPool,
+    Source,
     StagingPool,
     Unit,
     read_unit,
 )
 from endor.runtime.blocks import WeightBlock
+from endor.runtime.decision import expert_buffers
 from endor.runtime.experts import ExpertCache
 from endor.runtime.placement import Placement
 from endor.runtime.slices import ExpertStacks, Table, parts_of
@@ -85,7 +88,8 @@ class Tiers:
         self.prefetcher: Prefetcher | None = None
         self.experts: ExpertCache | None = None
         self._expert_pool: Pool[Any] | None = None
-        self._ring: SlotPool | None = None
+        self._feed: DiskFeed | None = None
+        self._staging: StagingPool | None = None
         near = placement.device if accelerator is not None else placement.host
         far = placement.host if accelerator is not None else ()
         try:
@@ -93,7 +97,7 @@ class Tiers:
             self.held = self._read_held([blocks[i] for i in far])
             self._number([block for i, block in enumerate(blocks) if i not in near], heads)
             self.prefetcher = self._start_ring(depth)
-            self.experts = self._start_experts(experts, expert_slots, ahead=depth > 0)
+            self.experts = self._start_experts(experts, expert_slots, depth=depth)
         except BaseException:
             self.close()
             raise
@@ -111,10 +115,10 @@ class Tiers:
 
     @property
     def pinned_bytes(self) -> int:
-        """Host memory for blocks that are used on a device: held there, or on their way."""
-        pools = (self._ring, self._expert_pool)
-        bounces = sum(pool.bounce_bytes for pool in pools if isinstance(pool, SlotPool))
-        return bounces + (self.held.nbytes if self.held else 0)
+        """Host memory for what is used on a device: blocks that stay there, and what is read from disk."""
+        staging = self._staging.capacity_bytes if self._staging else 0
+        feed = self._feed.nbytes if self._feed else 0
+        return staging + feed + (self.held.nbytes if self.held else 0)
 
     @property
     def streamed_bytes(self) -> int:
@@ -127,7 +131,9 @@ class Tiers:
 
     def close(self) -> None:
         """End threads and free memory. Idempotent."""
-        parts = (self.prefetcher, self.experts, self._expert_pool, self._ring, self.resident, self.held)
+        # Slots first: closing them waits for the device, which may still copy from host memory.
+        slots = (self.prefetcher, self.experts, self._expert_pool, self.resident)
+        parts = (*slots, self._feed, self._staging, self.held)
         close_parts([part for part in parts if part is not None])
 
     # Setting up.
@@ -141,7 +147,7 @@ class Tiers:
         if self._accelerator is None:
             pool = StagingPool(nbytes)
             return self._filled(pool, self._read_in_place, blocks, units)
-        slots = SlotPool(nbytes, self._accelerator, bounce=False)
+        slots = SlotPool(nbytes, self._accelerator)
         return self._filled(slots, self._read_and_copy, blocks, units)
 
     def _filled(
@@ -216,31 +222,56 @@ class Tiers:
         units = tuple(unit for unit, _ in self._units)
         # Reading further ahead than once around would hold blocks twice.
         plan = LoadPlan(units, min(depth, len(units)))
-        if self._accelerator is not None:
-            self._ring = self._slots(plan.ring_bytes, bounce=not all(map(self.is_held, units)))
-        return Prefetcher(plan, self._reader, self._ring, on_read=self._verify, held=self.held)
+        if self._accelerator is None:
+            return Prefetcher(plan, self._reader, on_read=self._verify)
+        pool = SlotPool(plan.ring_bytes, self._accelerator, reader=self._reader)
+        try:
+            if pool.into_slots is None:
+                self._feed = self._start_feed(depth)
+            return Prefetcher(plan, self._reader, pool, on_read=self._verify, source_of=self._source_of)
+        except BaseException:
+            pool.close()
+            raise
+
+    def _start_feed(self, depth: int) -> DiskFeed | None:
+        """The ring of what comes from disk on its way to a device."""
+        numbers = [number for number, (unit, _) in enumerate(self._units) if not self.is_held(unit)]
+        if not numbers:
+            return None
+        assert self._accelerator is not None
+        return DiskFeed(
+            [self._units[number][0] for number in numbers],
+            self._reader,
+            depth=depth,
+            accelerator=self._accelerator,
+            on_read=lambda index, memory: self._verify(numbers[index], memory),
+        )
+
+    def _source_of(self, unit: Unit) -> Source | None:
+        return self.held if self.is_held(unit) else self._feed
 
     def _start_experts(
-        self, experts: Sequence[ExpertStacks], slots: int, *, ahead: bool
+        self, experts: Sequence[ExpertStacks], slots: int, *, depth: int
     ) -> ExpertCache | None:
         if not experts:
             return None
         slot_bytes = max(stacks.expert_bytes for stacks in experts)
-        nbytes = slots * slot_bytes
-        self._expert_pool = StagingPool(nbytes) if self._accelerator is None else self._slots(nbytes)
+        if self._accelerator is not None:
+            pool = SlotPool(slots * slot_bytes, self._accelerator, reader=self._reader)
+            self._expert_pool = pool
+            if pool.into_slots is None:
+                nbytes = expert_buffers(depth, slots) * slot_bytes
+                self._staging = StagingPool(nbytes, pin=self._accelerator.pin)
         return ExpertCache(
             self._reader,
             lambda key: experts[key[0]].expert(key[1]),
             self._expert_pool,
+            staging=self._staging,
             slot_bytes=slot_bytes,
             slots=slots,
-            ahead=ahead,
+            ahead=depth > 0,
             stats=self._stats,
         )
-
-    def _slots(self, nbytes: int, *, bounce: bool = True) -> SlotPool:
-        assert self._accelerator is not None
-        return SlotPool(nbytes, self._accelerator, bounce=bounce, reader=self._reader)
 
     def _compare(self, block: WeightBlock, parts: Sequence[torch.Tensor]) -> None:
         if self._verify_when != "never":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +17,15 @@ from endor.loaders import (
     Accelerator,
     BlockingAccelerator,
     CudaAccelerator,
+    DiskFeed,
     HeldUnits,
     LoadPlan,
     PosixReader,
     Prefetcher,
+    Reader,
     ReadOp,
     SlotPool,
+    Source,
     StagingPool,
     Unit,
     accelerator_for,
@@ -72,6 +78,37 @@ def has_its_bytes(prefetcher: Prefetcher, number: int) -> bool:
         return found.numel() == SIZES[number] and bool((found == number + 1).all())
 
 
+@contextmanager
+def streaming(
+    units: tuple[Unit, ...],
+    accelerator: Accelerator,
+    *,
+    depth: int = 2,
+    held: Sequence[int] = (),
+    ring_bytes: int | None = None,
+    reader: Reader | None = None,
+    **options: Any,
+) -> Iterator[Prefetcher]:
+    """A prefetcher of slots, some units in host memory and the others read from disk."""
+    plan = LoadPlan(units, depth)
+    on_disk = [unit for number, unit in enumerate(units) if number not in held]
+    with PosixReader() if reader is None else reader as opened:
+        stays = HeldUnits([units[n] for n in held], opened, pin=accelerator.pin) if held else None
+        feed = DiskFeed(on_disk, opened, depth=depth, accelerator=accelerator, **options) if on_disk else None
+
+        def source_of(unit: Unit) -> Source | None:
+            return feed if feed is not None and feed.has(unit) else stays
+
+        pool = SlotPool(ring_bytes or plan.ring_bytes, accelerator)
+        try:
+            with Prefetcher(plan, opened, pool, source_of=source_of) as prefetcher:
+                yield prefetcher
+        finally:
+            for part in (feed, stays):
+                if part is not None:
+                    part.close()
+
+
 def use(prefetcher: Prefetcher, *numbers: int) -> None:
     for number in numbers:
         prefetcher.acquire(number).release()
@@ -82,35 +119,24 @@ def use(prefetcher: Prefetcher, *numbers: int) -> None:
 def test_every_unit_arrives_whole_pass_after_pass(
     accelerator: Accelerator, units: tuple[Unit, ...], held: tuple[int, ...], depth: int
 ) -> None:
-    plan = LoadPlan(units, depth)
-    with PosixReader() as reader:
-        stays = HeldUnits([units[n] for n in held], reader, pin=accelerator.pin) if held else None
-        pool = SlotPool(plan.ring_bytes, accelerator, bounce=len(held) < len(units))
-        with Prefetcher(plan, reader, pool, held=stays) as prefetcher:
-            for _ in range(4):
-                assert all(has_its_bytes(prefetcher, number) for number in range(len(units)))
-            stats = prefetcher.stats()
-        if stays is not None:
-            stays.close()
+    with streaming(units, accelerator, depth=depth, held=held) as prefetcher:
+        for _ in range(4):
+            assert all(has_its_bytes(prefetcher, number) for number in range(len(units)))
+        stats = prefetcher.stats()
     assert stats.bytes_memory == 4 * sum(SIZES[n] for n in held)
     assert stats.bytes_read == 4 * sum(SIZES)
 
 
 def test_units_may_be_asked_for_in_any_order(accelerator: Accelerator, units: tuple[Unit, ...]) -> None:
-    plan = LoadPlan(units, 2)
-    with (
-        PosixReader() as reader,
-        Prefetcher(plan, reader, SlotPool(plan.ring_bytes, accelerator)) as prefetcher,
-    ):
+    with streaming(units, accelerator, depth=2) as prefetcher:
         for number in (0, 3, 1, 1, 4, 0, 2, 4, 3, 2, 0, 0, 1):
             assert has_its_bytes(prefetcher, number)
 
 
 def test_two_leases_are_two_places(accelerator: Accelerator, units: tuple[Unit, ...]) -> None:
-    plan = LoadPlan(units, 2)
+    ring_bytes = 2 * LoadPlan(units, 2).ring_bytes
     with (
-        PosixReader() as reader,
-        Prefetcher(plan, reader, SlotPool(2 * plan.ring_bytes, accelerator)) as prefetcher,
+        streaming(units, accelerator, ring_bytes=ring_bytes) as prefetcher,
         prefetcher.acquire(0) as first,
         prefetcher.acquire(2) as second,
     ):
@@ -121,30 +147,25 @@ def test_two_leases_are_two_places(accelerator: Accelerator, units: tuple[Unit, 
 @pytest.mark.parametrize(
     ("left_out", "seen"),
     [
-        ("after", "work reads, and a copy writes before that is over"),
-        ("writable", "a copy reads, and a reader writes before that is over"),
+        ("the work before", "work reads, and a copy writes before that is over"),
+        ("the end of the copy", "a copy reads, and a reader writes before that is over"),
     ],
 )
 def test_the_checking_accelerator_sees_a_wait_that_is_left_out(
     units: tuple[Unit, ...], monkeypatch: pytest.MonkeyPatch, left_out: str, seen: str
 ) -> None:
-    if left_out == "after":
+    if left_out == "the work before":
         land = SlotBuffer.land
 
-        def land_at_once(slot: SlotBuffer, length_bytes: int, source: torch.Tensor | None = None) -> None:
+        def land_at_once(slot: SlotBuffer, source: torch.Tensor) -> None:
             slot._before = ()
-            land(slot, length_bytes, source)
+            land(slot, source)
 
         monkeypatch.setattr(SlotBuffer, "land", land_at_once)
     else:
-        monkeypatch.setattr(SlotBuffer, "is_writable", True)
-        monkeypatch.setattr(SlotBuffer, "wait_writable", lambda _: None)
+        monkeypatch.setattr(DiskFeed, "_end_oldest", lambda feed: feed._copying.popleft()[1].release())
     accelerator = CheckedAccelerator(late=True)
-    plan = LoadPlan(units, 1)
-    with (
-        PosixReader() as reader,
-        Prefetcher(plan, reader, SlotPool(plan.ring_bytes, accelerator)) as prefetcher,
-    ):
+    with streaming(units, accelerator, depth=1) as prefetcher:
         use(prefetcher, *range(len(units)), *range(len(units)))
     assert seen in accelerator.races
 
@@ -154,11 +175,7 @@ def test_who_does_not_wait_for_the_copy_reads_old_bytes(
 ) -> None:
     monkeypatch.setattr(SlotBuffer, "arrive", lambda _: None)
     accelerator = CheckedAccelerator(late=True)
-    plan = LoadPlan(units, 1)
-    with (
-        PosixReader() as reader,
-        Prefetcher(plan, reader, SlotPool(plan.ring_bytes, accelerator)) as prefetcher,
-    ):
+    with streaming(units, accelerator, depth=1) as prefetcher:
         assert not has_its_bytes(prefetcher, 0)
 
 
@@ -167,15 +184,11 @@ def test_a_failed_read_is_an_error_where_the_unit_is_asked_for_and_can_be_tried_
 ) -> None:
     file = units[0].ops[0].file
     whole = file.read_bytes()
-    plan = LoadPlan(units, 2)
-    with (
-        PosixReader() as reader,
-        Prefetcher(plan, reader, SlotPool(plan.ring_bytes, accelerator)) as prefetcher,
-    ):
+    with streaming(units, accelerator, depth=2) as prefetcher:
         assert has_its_bytes(prefetcher, 0)
         file.write_bytes(whole[:100])
         with pytest.raises(LoadError, match="unit"):
-            use(prefetcher, 1, 2, 3, 4)
+            use(prefetcher, 1, 2, 3, 4, 0, 1, 2)
 
 
 def test_a_failed_check_of_the_bytes_is_an_error_and_nothing_is_copied(units: tuple[Unit, ...]) -> None:
@@ -184,10 +197,8 @@ def test_a_failed_check_of_the_bytes_is_an_error_and_nothing_is_copied(units: tu
     def refuse(index: int, memory: memoryview) -> None:
         raise LoadError(f"unit {index} of {len(memory)} bytes is refused")
 
-    plan = LoadPlan(units, 0)
     with (
-        PosixReader() as reader,
-        Prefetcher(plan, reader, SlotPool(plan.ring_bytes, accelerator), on_read=refuse) as prefetcher,
+        streaming(units, accelerator, depth=0, on_read=refuse) as prefetcher,
         pytest.raises(LoadError, match="refused"),
     ):
         prefetcher.acquire(0)
@@ -198,11 +209,7 @@ def test_a_device_that_fails_is_an_error_of_the_unit_and_no_hang(
     units: tuple[Unit, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accelerator = CheckedAccelerator()
-    plan = LoadPlan(units, 2)
-    with (
-        PosixReader() as reader,
-        Prefetcher(plan, reader, SlotPool(plan.ring_bytes, accelerator)) as prefetcher,
-    ):
+    with streaming(units, accelerator, depth=2) as prefetcher:
         assert has_its_bytes(prefetcher, 0)
 
         def fail(*_: object, **__: object) -> None:
@@ -215,22 +222,15 @@ def test_a_device_that_fails_is_an_error_of_the_unit_and_no_hang(
 
 def test_closing_waits_for_the_device_before_memory_goes(units: tuple[Unit, ...]) -> None:
     accelerator = CheckedAccelerator(late=True)
-    plan = LoadPlan(units, 2)
-    with PosixReader() as reader:
-        prefetcher = Prefetcher(plan, reader, SlotPool(plan.ring_bytes, accelerator))
+    with streaming(units, accelerator) as prefetcher:
         prefetcher.acquire(0).release()
-        prefetcher.close()
     assert accelerator.settled == 1
     assert accelerator.pinned == 0
 
 
 def test_the_token_loop_never_waits_for_the_whole_device(units: tuple[Unit, ...]) -> None:
     accelerator = CheckedAccelerator(late=True)
-    plan = LoadPlan(units, 2)
-    with (
-        PosixReader() as reader,
-        Prefetcher(plan, reader, SlotPool(plan.ring_bytes, accelerator)) as prefetcher,
-    ):
+    with streaming(units, accelerator, depth=2) as prefetcher:
         for number in (*range(len(units)), *range(len(units))):
             assert has_its_bytes(prefetcher, number)
         assert accelerator.settled == 0
@@ -240,11 +240,7 @@ def test_after_an_interrupt_the_device_is_waited_for_and_reading_goes_on(
     units: tuple[Unit, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accelerator = CheckedAccelerator(late=True)
-    plan = LoadPlan(units, 2)
-    with (
-        PosixReader() as reader,
-        Prefetcher(plan, reader, SlotPool(plan.ring_bytes, accelerator)) as prefetcher,
-    ):
+    with streaming(units, accelerator, depth=2) as prefetcher:
         assert has_its_bytes(prefetcher, 0)
         collect = prefetcher._collect
 
@@ -262,11 +258,14 @@ def test_after_an_interrupt_the_device_is_waited_for_and_reading_goes_on(
 
 
 def test_a_slot_that_is_used_again_waits_for_its_last_use(accelerator: Accelerator) -> None:
-    with SlotPool(8192, accelerator) as pool, pool.allocate(8192) as slot:
+    with (
+        StagingPool(3 * 8192, pin=accelerator.pin) as host,
+        SlotPool(8192, accelerator) as pool,
+        pool.allocate(8192) as slot,
+    ):
         for value in (1, 2, 3):
-            slot.wait_writable()
-            slot.memory[:] = bytes([value]) * 8192
-            slot.land(8192)
+            source = host.allocate(8192).tensor().fill_(value)
+            slot.land(source)
             slot.arrive()
             assert bool((slot.tensor() == value).all())
             slot.reuse()
@@ -283,15 +282,35 @@ def test_a_slot_is_not_used_after_its_release(accelerator: Accelerator) -> None:
         slot.release()
         with pytest.raises(ValueError, match="released"):
             slot.tensor()
-        with pytest.raises(ValueError, match="released"):
-            len(slot.memory)
 
 
-def test_without_host_memory_in_front_nothing_can_be_read_to_it(accelerator: Accelerator) -> None:
-    with SlotPool(4096, accelerator, bounce=False) as pool, pool.allocate(10) as slot:
-        assert pool.bounce_bytes == 0
-        with pytest.raises(ValueError, match="no host memory"):
-            len(slot.memory)
+def test_readers_of_host_memory_do_not_write_to_slots(accelerator: Accelerator) -> None:
+    with (
+        SlotPool(4096, accelerator) as pool,
+        pool.allocate(10) as slot,
+        pytest.raises(ValueError, match="device memory"),
+    ):
+        len(slot.memory)
+
+
+def test_the_disk_is_read_ahead_whether_or_not_a_slot_is_free(
+    units: tuple[Unit, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units 0 to 2 are in host memory. With one slot ahead, unit 0 is next behind unit 4; unit 3 is read."""
+    submitted: list[ReadOp] = []
+    submit = PosixReader.submit
+
+    def note(reader: PosixReader, op: ReadOp, destination: Any) -> Any:
+        submitted.append(op)
+        return submit(reader, op, destination)
+
+    monkeypatch.setattr(PosixReader, "submit", note)
+    with streaming(units, CheckedAccelerator(), depth=1, held=(0, 1, 2)) as prefetcher:
+        use(prefetcher, 3, 4)
+        ends_s = time.monotonic() + 10
+        while submitted.count(units[3].ops[0]) < 2 and time.monotonic() < ends_s:
+            time.sleep(0.001)
+        assert submitted.count(units[3].ops[0]) == 2
 
 
 def test_memory_the_device_does_not_have_is_refused() -> None:
@@ -387,7 +406,8 @@ def test_a_reader_that_reaches_the_device_reads_into_slots_that_nobody_uses(
     checked: list[int] = []
     with FakeDeviceReader() as reader:
         pool = SlotPool(plan.ring_bytes, accelerator, reader=reader)  # type: ignore[arg-type]
-        assert (pool.bounce_bytes, reader.registered) == (0, 1)
+        assert pool.into_slots is not None
+        assert reader.registered == 1
 
         def check(index: int, memory: memoryview) -> None:
             start = units[index].op_offsets[0]
@@ -405,12 +425,9 @@ def test_a_reader_that_reaches_the_device_reads_into_slots_that_nobody_uses(
 
 
 def test_threads_share_a_ring_of_slots(accelerator: Accelerator, units: tuple[Unit, ...]) -> None:
-    plan = LoadPlan(units, 2)
     wrong: list[int] = []
-    with (
-        PosixReader() as reader,
-        Prefetcher(plan, reader, SlotPool(3 * plan.ring_bytes, accelerator)) as prefetcher,
-    ):
+    ring_bytes = 3 * LoadPlan(units, 2).ring_bytes
+    with streaming(units, accelerator, ring_bytes=ring_bytes) as prefetcher:
 
         def run() -> None:
             wrong.extend(n for n in (0, 1, 2, 3, 4, 0, 2) if not has_its_bytes(prefetcher, n))

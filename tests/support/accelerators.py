@@ -10,6 +10,7 @@ for the host. Threads of the host are one: what one of them saw done on the devi
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from endor.loaders import Copied, Event, Reader, ReadOp, Ticket
-from endor.loaders.slots import SlotBuffer, SlotPool
+from endor.loaders import Buffer, Copied, Event, Reader, ReadOp, SlotBuffer, StagingBuffer
 
 __all__ = ["CheckedAccelerator", "watch_slots"]
 
@@ -76,7 +76,10 @@ class CheckedEvent:
         return self.at_s - float(earlier.at_s)
 
 
-@dataclass
+_ALIVE: weakref.WeakSet[CheckedAccelerator] = weakref.WeakSet()
+
+
+@dataclass(eq=False)
 class CheckedAccelerator:
     """See the module's docstring.
 
@@ -103,6 +106,8 @@ class CheckedAccelerator:
         self._now_s = 0.0
         self._taken: list[tuple[int, torch.Tensor]] = []
         self._accesses: list[_Access] = []
+        self._pinned_ranges: list[tuple[int, int]] = []
+        _ALIVE.add(self)
 
     # As an accelerator.
 
@@ -118,11 +123,19 @@ class CheckedAccelerator:
 
     def pin(self, memory: torch.Tensor) -> Callable[[], None]:
         self.pinned += memory.numel()
+        bounds = (memory.data_ptr(), memory.data_ptr() + memory.numel())
+        self._pinned_ranges.append(bounds)
 
         def unpin() -> None:
             self.pinned -= memory.numel()
+            self._pinned_ranges.remove(bounds)
 
         return unpin
+
+    def has(self, memory: torch.Tensor) -> bool:
+        """Whether it is the device's, or pinned for it."""
+        ranges = [*self._pinned_ranges, *((t.data_ptr(), t.data_ptr() + n) for n, t in self._taken)]
+        return any(start <= memory.data_ptr() < stop for start, stop in ranges)
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, after: Sequence[Event]) -> Copied:
         with self.lock:
@@ -245,47 +258,48 @@ class CheckedAccelerator:
 @contextmanager
 def watch_slots(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tell the accelerator of each slot what readers and the model's work do with it."""
-    begun: dict[int, Clock] = {}
-    arrive, release, reuse, submit = (
-        SlotBuffer.arrive,
-        SlotBuffer.release,
-        SlotBuffer.reuse,
-        SlotBuffer.submit,
-    )
+    watch = _Watch()
+    for kind, names in ((SlotBuffer, ("arrive", "release", "reuse", "submit")), (StagingBuffer, ("submit",))):
+        for name in names:
+            monkeypatch.setattr(kind, name, watch.around(kind, name))
+    yield
 
-    def checked(slot: SlotBuffer) -> CheckedAccelerator | None:
-        pool: SlotPool = slot._pool
-        return pool.accelerator if isinstance(pool.accelerator, CheckedAccelerator) else None
 
-    def ends(slot: SlotBuffer) -> None:
-        accelerator, begin = checked(slot), begun.pop(id(slot), None)
-        if accelerator is not None and begin is not None and not slot.released and not slot._pool.closed:
+class _Watch:
+    def __init__(self) -> None:
+        self._begun: dict[int, Clock] = {}
+
+    def around(self, kind: type[Buffer], name: str) -> Callable[..., Any]:
+        """The method `name`, and what is to be noted of it."""
+        method = getattr(kind, name)
+        note = getattr(self, f"_{name}")
+        first = name != "arrive"
+
+        def watched(buffer: Any, *arguments: Any) -> Any:
+            if first:
+                note(buffer, *arguments)
+            result = method(buffer, *arguments)
+            if not first:
+                note(buffer, *arguments)
+            return result
+
+        return watched
+
+    def _arrive(self, slot: SlotBuffer) -> None:
+        accelerator = slot._pool.accelerator
+        if isinstance(accelerator, CheckedAccelerator):
+            self._begun.setdefault(id(slot), accelerator.arrived())
+
+    def _release(self, slot: SlotBuffer) -> None:
+        begin, accelerator = self._begun.pop(id(slot), None), slot._pool.accelerator
+        if begin is not None and not slot.released and not slot._pool.closed:
+            assert isinstance(accelerator, CheckedAccelerator)
             accelerator.uses(slot.tensor(), begin)
 
-    def on_arrive(slot: SlotBuffer) -> None:
-        arrive(slot)
-        accelerator = checked(slot)
-        if accelerator is not None:
-            begun.setdefault(id(slot), accelerator.arrived())
+    _reuse = _release
 
-    def on_release(slot: SlotBuffer) -> None:
-        ends(slot)
-        release(slot)
-
-    def on_reuse(slot: SlotBuffer) -> None:
-        ends(slot)
-        reuse(slot)
-
-    def on_submit(slot: SlotBuffer, reader: Reader, op: ReadOp, offset_bytes: int) -> Ticket:
-        accelerator = checked(slot)
-        if accelerator is not None:
-            direct = slot._pool.into_slots is not None
-            memory = slot.tensor() if direct else torch.frombuffer(slot.memory, dtype=torch.uint8)
-            accelerator.writes(memory[offset_bytes : offset_bytes + op.length_bytes])
-        return submit(slot, reader, op, offset_bytes)
-
-    monkeypatch.setattr(SlotBuffer, "arrive", on_arrive)
-    monkeypatch.setattr(SlotBuffer, "release", on_release)
-    monkeypatch.setattr(SlotBuffer, "reuse", on_reuse)
-    monkeypatch.setattr(SlotBuffer, "submit", on_submit)
-    yield
+    def _submit(self, buffer: Buffer, _: Reader, op: ReadOp, offset_bytes: int) -> None:
+        memory = buffer.tensor()[offset_bytes : offset_bytes + op.length_bytes]
+        for accelerator in _ALIVE:
+            if accelerator.has(memory):
+                accelerator.writes(memory)
