@@ -21,6 +21,7 @@ from endor.formats.packed import PackedTensor, TensorLayout
 from endor.kernels.native_backend import RULES
 from endor.kernels.triton_kernels import elements as te
 from endor.kernels.triton_kernels.decode import FIELDS, decode_group_kernel, decode_kernel
+from endor.kernels.triton_launcher import Launcher
 from endor.kernels.triton_operand import (
     OPTIONS,
     TILE_LANES,
@@ -80,14 +81,11 @@ def launch_decode(
     """Start decoding row blocks [start_block, stop_block) to `out`; int64 `status` gets what is wrong."""
     operand = operand_of(packed)
     with on_device(out):
-        decode_kernel[(stop_block - start_block,)](
-            *operand.sections,
-            out.view(operand.element),
-            status,
-            *operand.sizes,
-            start_block,
-            **operand.decode_options,
-        )
+        launcher = operand.decoder
+        if launcher is None:
+            launcher = operand.decoder = Launcher(decode_kernel, operand.decode_options)
+        arguments = (*operand.sections, out.view(operand.element), status, *operand.sizes, start_block)
+        launcher(stop_block - start_block, arguments, out, status)
 
 
 class DecodeGroup:
@@ -160,11 +158,13 @@ class _GroupLaunch:
             **tile_options(TILE_LANES),
         }
 
+    @cached_property
+    def launcher(self) -> Launcher:
+        return Launcher(decode_group_kernel, self.constants)
+
     def start(self) -> None:
         with on_device(self.table):
-            decode_group_kernel[(self.programs,)](
-                self.table, self.status, len(self.numbers), **self.constants
-            )
+            self.launcher(self.programs, (self.table, self.status, len(self.numbers)))
 
 
 def group_types(packed: PackedTensor) -> dict[str, Any]:

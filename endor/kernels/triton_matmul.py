@@ -24,6 +24,7 @@ from endor.formats.packed import PackedTensor
 from endor.kernels.triton_backend import is_interpreted
 from endor.kernels.triton_kernels.matmul import matmul_kernel
 from endor.kernels.triton_launch import launch_decode, launch_is_impossible, new_status, on_device, raise_for
+from endor.kernels.triton_launcher import Launcher
 from endor.kernels.triton_operand import OPTIONS, Operand, operand_of
 from endor.kernels.triton_tuning import (
     DECODE_FIRST,
@@ -78,28 +79,32 @@ class _Product:
             and not launch_is_impossible(layout)
             and operand.device.type == ("cpu" if is_interpreted() else "cuda")
         )
-        self.options: dict[tuple[Tile, bool], dict[str, Any]] = {}
-        """Keyword arguments of `matmul_kernel`, by tile and whether x has one row."""
+        self.launchers: dict[tuple[Tile, bool, bool], Launcher] = {}
+        """By tile, whether x has one row, and whether there is a bias."""
 
     @cached_property
     def kinds(self) -> tuple[str, str]:
         """What `_choices` calls this weight with several rows of x, and with one."""
         return kind_of(self.operand, MAX_ROWS), kind_of(self.operand, 1)
 
-    def options_for(self, tile: Tile, *, one_row: bool) -> dict[str, Any]:
-        options = self.options.get((tile, one_row))
-        if options is None:
-            words = 1 << (2 * self.operand.layout.geometry.words_per_row - 1).bit_length()
-            options = self.options[tile, one_row] = {
-                **self.operand.constants,
-                "M": 1 if one_row else MAX_ROWS,
-                "B": tile.blocks,
-                "T": min(tile.words, words),
-                "EXACT_DOT": is_interpreted(),
-                "num_warps": tile.warps,
-                **OPTIONS,
-            }
-        return options
+    def launcher(self, tile: Tile, *, one_row: bool, biased: bool) -> Launcher:
+        key = (tile, one_row, biased)
+        launcher = self.launchers.get(key)
+        if launcher is None:
+            launcher = self.launchers[key] = Launcher(matmul_kernel, self._options(tile, one_row=one_row))
+        return launcher
+
+    def _options(self, tile: Tile, *, one_row: bool) -> dict[str, Any]:
+        words = 1 << (2 * self.operand.layout.geometry.words_per_row - 1).bit_length()
+        return {
+            **self.operand.constants,
+            "M": 1 if one_row else MAX_ROWS,
+            "B": tile.blocks,
+            "T": min(tile.words, words),
+            "EXACT_DOT": is_interpreted(),
+            "num_warps": tile.warps,
+            **OPTIONS,
+        }
 
 
 def supports(x: Tensor, packed: PackedTensor) -> bool:
@@ -270,14 +275,7 @@ def _launch(
 ) -> None:
     operand = product.operand
     programs = -(-operand.layout.geometry.row_blocks // tile.blocks)
+    launcher = product.launcher(tile, one_row=x_rows == 1, biased=bias is not None)
     with on_device(x):
-        matmul_kernel[(programs,)](
-            x,
-            *operand.sections,
-            bias,
-            y,
-            status,
-            x_rows,
-            *operand.sizes,
-            **product.options_for(tile, one_row=x_rows == 1),
-        )
+        arguments = (x, *operand.sections, bias, y, status, x_rows, *operand.sizes)
+        launcher(programs, arguments, x, bias, y, status)

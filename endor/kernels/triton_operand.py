@@ -131,6 +131,8 @@ class Operand:
         self.element = launch.element
         self.constants = launch.constants
         self.decode_options = {**launch.constants, **tile_options(TILE_LANES)}
+        self.decoder: Any = None
+        """What `triton_launch` keeps for decoding this weight."""
         self.product: Any = None
         """What `triton_matmul` keeps for products with this weight."""
 
