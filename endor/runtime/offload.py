@@ -39,6 +39,7 @@ from endor.loaders import (
     ReadOp,
     StagingPool,
     Unit,
+    accelerator_for,
     available_bytes,
 )
 from endor.runtime.filemap import MappedFile
@@ -189,6 +190,7 @@ class WeightStream:
         block_bytes: what groups are gathered to.
         small_stay: whether small groups are kept in memory.
         open_reader: makes the reader, given whether it may go around the page cache.
+        device: that weights are copied to, if it has memory of its own: staging memory is then pinned for it.
     """
 
     def __init__(
@@ -199,8 +201,10 @@ class WeightStream:
         block_bytes: int = BLOCK_BYTES,
         small_stay: bool = True,
         open_reader: Callable[[DirectMode], Reader] = _open_reader,
+        device: torch.device | None = None,
     ) -> None:
         self.groups = tuple(groups)
+        self._device = device
         self._depth = depth
         self._block_bytes = block_bytes
         self._open_reader = open_reader
@@ -332,6 +336,7 @@ class WeightStream:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = (
+            "_device",
             "_depth",
             "_block_bytes",
             "_open_reader",
@@ -360,7 +365,8 @@ class WeightStream:
         if self._mode == "mapped" and self._cached_fraction(sample=True) >= _ALL_CACHED:
             return
         cached = self._cached_fraction()
-        if cached >= _ALL_CACHED:
+        # A device copies mapped pages through a small buffer of its driver, pinned memory by itself.
+        if cached >= _ALL_CACHED and self._device is None:
             self._mode = "mapped"
             self._stop_ring()
             return
@@ -446,12 +452,18 @@ class WeightStream:
             plan = self._load_plan()
             parts.reader = self._open_reader("auto" if self._direct else False)
             try:
-                parts.prefetcher = Prefetcher(plan, parts.reader, StagingPool(_staging_bytes(plan)))
+                pool = StagingPool(_staging_bytes(plan), pin=self._pin())
+                parts.prefetcher = Prefetcher(plan, parts.reader, pool)
             except BaseException:
                 parts.stop_ring()
                 raise
             self._plans += 1
         return parts.prefetcher
+
+    def _pin(self) -> Callable[[torch.Tensor], Callable[[], None]] | None:
+        """For staging memory that a device copies from; it then does so by itself, at the link's full rate."""
+        accelerator = None if self._device is None else accelerator_for(self._device)
+        return None if accelerator is None else accelerator.pin
 
     def _load_plan(self) -> LoadPlan:
         units = tuple(

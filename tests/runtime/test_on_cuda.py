@@ -102,7 +102,8 @@ SANITIZED = """
 import sys, torch, endor
 from pathlib import Path
 from endor.runtime import runtime_of
-model = endor.load(Path(sys.argv[1]), device="cuda", device_memory=45_000, host_memory=90_000, matmul="decode")
+tiers = {"device_memory": 45_000, "host_memory": 90_000}
+model = endor.load(Path(sys.argv[1]), device="cuda", matmul="decode", **tiers)
 with torch.inference_mode():
     model.generate(torch.tensor([[5, 17, 200]], device="cuda"), max_new_tokens=4, do_sample=False)
 runtime_of(model).close()

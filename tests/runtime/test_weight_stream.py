@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 
 from endor.errors import FormatError, LoadError
 from endor.loaders import DirectMode, PosixReader, ReadOp, ReadReport, Ticket
+from endor.runtime import offload
 from endor.runtime.filemap import MappedFile
 from endor.runtime.offload import WeightGroup, WeightStream
 from endor.runtime.stored import MappedFiles, StoredTensor, locate_safetensors
+from tests.support.accelerators import CheckedAccelerator
 
 MIB = 1 << 20
 
@@ -252,6 +254,28 @@ def test_a_cached_model_is_used_in_place(
     assert stream.stats().ring_bytes == 0
     assert stream.mode == "mapped"
     stream.close()
+
+
+def test_for_a_device_staging_memory_is_pinned_and_used_even_where_all_is_cached(
+    cached: dict[str, float],
+    places: dict[str, StoredTensor],
+    weights: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accelerator = CheckedAccelerator()
+    monkeypatch.setattr(offload, "accelerator_for", lambda _: accelerator)
+    cached["share"] = 1.0
+    stream = WeightStream(groups_of(places), device=torch.device("cuda"))
+    check(stream, weights)
+    assert stream.mode == "ring"
+    assert accelerator.pinned == stream.stats().ring_bytes > 0
+    again = copy.deepcopy(stream)
+    stream.close()
+    assert accelerator.pinned == 0
+    check(again, weights)
+    assert accelerator.pinned > 0
+    again.close()
+    assert accelerator.pinned == 0
 
 
 def test_what_does_not_stay_cached_is_read_around_the_cache(

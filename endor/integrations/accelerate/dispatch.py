@@ -569,7 +569,20 @@ def _connect(model: nn.Module, state: OffloadState, places: Mapping[str, StoredT
             if group is not None:
                 groups.append(group)
     if groups:
-        state.stream = WeightStream(groups)
+        offloaded = [hook for _, _, hooks in hooked for hook in hooks if hook.offload]
+        state.stream = WeightStream(groups, device=_cuda_device(offloaded))
+
+
+def _cuda_device(hooks: Iterable[AlignDevicesHook]) -> torch.device | None:
+    """The CUDA device that weights are moved to; any of several, since pinned memory is pinned for all."""
+    for hook in hooks:
+        device = hook.execution_device
+        if device is None:
+            continue
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if found.type == "cuda" and torch.cuda.is_available():
+            return found
+    return None
 
 
 def _group_of(
