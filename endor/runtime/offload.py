@@ -461,7 +461,7 @@ class WeightStream:
         return parts.prefetcher
 
     def _pin(self) -> Callable[[torch.Tensor], Callable[[], None]] | None:
-        """For staging memory that a device copies from; it then does so by itself, at the link's full rate."""
+        """For staging memory that a device copies from: it then does so at the link's full rate."""
         accelerator = None if self._device is None else accelerator_for(self._device)
         return None if accelerator is None else accelerator.pin
 
