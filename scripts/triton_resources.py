@@ -4,8 +4,10 @@
 
 Registers are per thread and decide how many programs a multiprocessor holds at once; a spill is a register
 that did not fit and lives in memory. `instructions` is the length of the compiled program, loops counted
-once. What is compiled is what `endor.kernels` launches for the weights of a language model: 16-byte aligned
-sections, columns a multiple of 16, offsets of 32 bits.
+once; `per weight` is the length of its loop over tiles, divided by the 32 weights that a thread has in a tile
+(for NVIDIA; what few tiles enter, for exponents that no level names, is in it). What is compiled is what
+`endor.kernels` launches for the weights of a language model: 16-byte aligned sections, columns a multiple of
+64, offsets of 32 bits.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from endor.kernels.triton_kernels.decode import decode_group_kernel, decode_kern
 from endor.kernels.triton_kernels.matmul import matmul_kernel
 from endor.kernels.triton_launch import OPTIONS
 
+COLUMNS = 32
+"""Weights of a tile that a thread has."""
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -169,18 +173,22 @@ class Resources:
     spilled_bytes: int
     shared_bytes: int
     instructions: int
+    per_weight: float
 
 
 def measure(program: Program, target: str) -> Resources:
     compiled = program.compile(TARGETS[target])
     if target.startswith("sm_"):
-        registers, spilled, instructions = _of_cubin(compiled.asm["cubin"])
+        nested = program.kernel is matmul_kernel  # in the loop over rows
+        registers, spilled, instructions, per_weight = _of_cubin(compiled.asm["cubin"], nested=nested)
     else:
         registers, spilled, instructions = _of_amdgcn(compiled.asm["amdgcn"])
-    return Resources(program.name, target, registers, spilled, compiled.metadata.shared, instructions)
+        per_weight = 0.0
+    shared = compiled.metadata.shared
+    return Resources(program.name, target, registers, spilled, shared, instructions, per_weight)
 
 
-def _of_cubin(cubin: bytes) -> tuple[int, int, int]:
+def _of_cubin(cubin: bytes, *, nested: bool) -> tuple[int, int, int, float]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -189,8 +197,19 @@ def _of_cubin(cubin: bytes) -> tuple[int, int, int]:
         listing = _output(str(tool), "-sass", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found, usage
-    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", listing, re.MULTILINE)
-    return int(found[1]), int(found[2]) + int(found[3]), len(lines)
+    pattern = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?!NOP)(\S.*)"
+    lines = [(int(at, 16), text) for at, text in re.findall(pattern, listing, re.MULTILINE)]
+    return int(found[1]), int(found[2]) + int(found[3]), len(lines), _loop(lines, nested=nested) / COLUMNS
+
+
+def _loop(lines: list[tuple[int, str]], *, nested: bool) -> int:
+    """Instructions of the largest loop, or of the largest one inside it."""
+    jumps = [(at, re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) for at, text in lines]
+    loops = [(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at]
+    outer = max(loops, key=lambda loop: loop[1] - loop[0])
+    inside = [loop for loop in loops if loop != outer and outer[0] <= loop[0] and loop[1] <= outer[1]]
+    start, stop = max(inside, key=lambda loop: loop[1] - loop[0]) if nested else outer
+    return sum(start <= at <= stop for at, _ in lines)
 
 
 def _of_amdgcn(assembly: str) -> tuple[int, int, int]:
@@ -218,8 +237,8 @@ def main() -> None:
     results = [measure(program, target) for program in chosen for target in args.targets]
     print(f"triton {triton.__version__}")
     print_table(
-        ["kernel", "target", "registers", "spilled bytes", "shared bytes", "instructions"],
-        [(r.kernel, r.target, *(str(n) for n in list(vars(r).values())[2:])) for r in results],
+        ["kernel", "target", "registers", "spilled bytes", "shared bytes", "instructions", "per weight"],
+        [(r.kernel, r.target, *(f"{n:.4g}" for n in list(vars(r).values())[2:])) for r in results],
     )
     if args.json:
         write_json(args.json, {"triton": triton.__version__, "kernels": [vars(r) for r in results]})

@@ -15,6 +15,7 @@ from endor.kernels.triton_kernels.elements import (
     INT4,
     INT8,
     elements_of,
+    report,
     scales_of,
     value_bounds,
 )
@@ -26,7 +27,7 @@ from endor.kernels.triton_kernels.exponent import (
     record_bounds,
 )
 
-__all__ = ["open_blocks", "read_tile"]
+__all__ = ["first_words", "open_blocks", "read_tile", "report_blocks"]
 
 
 @triton.jit
@@ -93,6 +94,17 @@ def open_blocks(
         readable = count
         opened = ()
     return start, count, readable, deeper, opened, bounds_wrong, record_wrong
+
+
+@triton.jit
+def first_words(bitmap, first_row, cols, MASKED: tl.constexpr):
+    """Words of a row, and pointers [B, 1] to the first word of each row block, for `read_tile`."""
+    row_words = (cols + 63) // 64 * 2
+    if MASKED:
+        mask_words = bitmap.to(tl.pointer_type(tl.uint32)) + first_row * row_words
+    else:
+        mask_words = first_row
+    return row_words, mask_words
 
 
 @triton.jit
@@ -193,3 +205,27 @@ def read_tile(
     else:
         elements = elements_of(word, rank, values + start, 0, 0, 0, MASKED, CODEC, KIND)
     return elements, before, deeper, padding
+
+
+@triton.jit
+def report_blocks(
+    status,
+    block,
+    rows_here,
+    count,
+    before,
+    padding,
+    deeper,
+    bounds_wrong,
+    record_wrong,
+    MASKED: tl.constexpr,
+    CODEC: tl.constexpr,
+):
+    """Say what `open_blocks` and all calls of `read_tile` found wrong; arguments as theirs, all [B, 1]."""
+    if MASKED:
+        count_wrong = before != count
+    else:
+        count_wrong = rows_here < 0
+    if (CODEC == INT8) or (CODEC == INT4):
+        record_wrong = record_wrong | (deeper[0] != 0)
+    report(status, block, bounds_wrong, padding != 0, count_wrong, record_wrong)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from endor.kernels.triton_kernels.blocks import open_blocks, read_tile
-from endor.kernels.triton_kernels.elements import EXPONENT, INT4, INT8, RAW, report
+from endor.kernels.triton_kernels.blocks import first_words, open_blocks, read_tile, report_blocks
+from endor.kernels.triton_kernels.elements import EXPONENT, INT8, RAW
 
 __all__ = ["FIELDS", "decode_group_kernel", "decode_kernel"]
 
@@ -236,11 +236,7 @@ def _decode_block(
         KIND,
         T,
     )
-    row_words = (cols + 63) // 64 * 2
-    if MASKED:
-        mask_words = bitmap.to(tl.pointer_type(tl.uint32)) + first_row * row_words
-    else:
-        mask_words = status
+    row_words, mask_words = first_words(bitmap, first_row, cols, MASKED)
     before = tl.zeros((1, 1), tl.int32)
     padding = tl.zeros((1, 1), tl.int32)
     lane = tl.arange(0, 32)[None, None, :]
@@ -284,10 +280,6 @@ def _decode_block(
         else:
             to = first_out + ((row * cols + column)[:, :, None] + lane)
             tl.store(to, elements, mask=inside[:, :, None] & (lane < (cols - column)[:, :, None]))
-    if MASKED:
-        count_wrong = before != count
-    else:
-        count_wrong = rows_here < 0
-    if (CODEC == INT8) or (CODEC == INT4):
-        record_wrong = record_wrong | (deeper[0] != 0)
-    report(status, block, bounds_wrong, padding != 0, count_wrong, record_wrong)
+    report_blocks(
+        status, block, rows_here, count, before, padding, deeper, bounds_wrong, record_wrong, MASKED, CODEC
+    )

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from endor.kernels.triton_kernels.bits import as_float32, round_to_bfloat16, round_to_float16
-from endor.kernels.triton_kernels.blocks import open_blocks, read_tile
-from endor.kernels.triton_kernels.elements import FLOAT16, INT4, INT8, report
+from endor.kernels.triton_kernels.blocks import first_words, open_blocks, read_tile, report_blocks
+from endor.kernels.triton_kernels.elements import FLOAT16
 
 __all__ = ["matmul_kernel"]
 
@@ -84,11 +84,7 @@ def matmul_kernel(
         KIND,
         max(T, 32),  # counting is all latency: more codes at once than are multiplied
     )
-    row_words = (cols + 63) // 64 * 2
-    if MASKED:
-        mask_words = bitmap.to(tl.pointer_type(tl.uint32)) + first_row * row_words
-    else:
-        mask_words = status
+    row_words, mask_words = first_words(bitmap, first_row, cols, MASKED)
     before = tl.zeros((B, 1), tl.int32)
     padding = tl.zeros((B, 1), tl.int32)
     m = tl.arange(0, M)
@@ -150,13 +146,9 @@ def matmul_kernel(
         else:
             bits = round_to_bfloat16(result)
         tl.store(y + m.to(tl.int64)[:, None] * rows + to, bits, mask=there & (m < x_rows)[:, None])
-    if MASKED:
-        count_wrong = before != count
-    else:
-        count_wrong = rows_here < 0
-    if (CODEC == INT8) or (CODEC == INT4):
-        record_wrong = record_wrong | (deeper[0] != 0)
-    report(status, block, bounds_wrong, padding != 0, count_wrong, record_wrong)
+    report_blocks(
+        status, block, rows_here, count, before, padding, deeper, bounds_wrong, record_wrong, MASKED, CODEC
+    )
 
 
 @triton.jit
