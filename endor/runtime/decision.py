@@ -27,7 +27,7 @@ class Memory:
     """Bytes by part, as the runtime takes them; `total` is the peak, without libraries.
 
     Attributes:
-        ring: of what is streamed; of the host of a device, the bounce buffers that mirror the device's ring.
+        ring: of what is streamed; of the host of a device, what is read from disk on its way to that.
         resident: blocks that stay.
         experts: their slots.
         scratch: of what is decoded at a time.

@@ -1,8 +1,8 @@
 """How long a pass over a model takes when reading, copying and computing overlap in a ring: by simulation.
 
 A unit is read when its turn on the disk comes and the unit `depth + 1` before it has left the ring; then it
-is used. On a device with memory of its own it is copied to a slot of that ring first, from host memory: from a
-ring there, which is read ahead by `depth` units from disk whatever the slots do, or from where it stays.
+is used. On a device with memory of its own it is copied to a slot of that ring first, from host memory: from
+where it stays, or from a ring there, into which `depth` units from disk are read ahead whatever the slots do.
 Units that stay where they are used only take their work.
 """
 
@@ -18,9 +18,9 @@ __all__ = ["Overlap", "Step", "overlap"]
 
 _WARM_UP: Final = 4
 _MEASURED: Final = 4
+"""Passes: the first ones start with an empty ring; the rest repeat, alone or in pairs."""
 _COPYING: Final = 2
 """Units from disk that may still be copied to a device while `depth` others are read (`DiskFeed`)."""
-"""Passes: the first ones start with an empty ring; the rest repeat, alone or in pairs."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def default_device_bytes(sizes: ModelSizes, *, depth: int, context_tokens: int, 
 
 
 def default_pinned_bytes(sizes: ModelSizes, device_bytes: int, *, depth: int, free_bytes: int) -> int:
-    """The largest budget for blocks in pinned host memory with which the bounce buffers fit as well.
+    """The largest budget for blocks in pinned host memory beside which what is read from disk has room.
 
     Args:
         device_bytes: the device's budget.
@@ -188,7 +188,7 @@ def _check_pinned(
         else f"host_memory={fits} would fit; a smaller depth leaves more room"
     )
     raise PlanError(
-        f"{pinned.total} bytes of pinned host memory are needed, {free_bytes} are free: bounce ring "
+        f"{pinned.total} bytes of pinned host memory are needed, {free_bytes} are free: ring of the disk "
         f"{pinned.ring}, resident {pinned.resident}, experts {pinned.experts}; {advice}"
     )
 

@@ -70,11 +70,16 @@ def test_device_has_room_for_the_context_and_a_cpu_is_not_planned_for_it() -> No
     assert (cpu.cache, cpu.activations) == (0, 0)
 
 
-def test_bounce_ring_mirrors_the_ring_of_the_device_if_something_comes_from_disk() -> None:
+def test_disk_has_a_ring_of_its_own_in_host_memory_if_something_comes_from_there() -> None:
+    """Two units that are copied and `depth` others; no more than one in use and once around."""
     from_disk = decide(EIGHT, Budgets(30 * MIB, 20 * MIB), depth=2)
     assert from_disk.host_memory is not None
-    assert from_disk.host_memory.ring == from_disk.memory.ring == 30 * MIB
+    assert (from_disk.host_memory.ring, from_disk.memory.ring) == (40 * MIB, 30 * MIB)
     assert from_disk.host_memory.resident == 30 * MIB
+    two, one = (decide(EIGHT, Budgets(n * MIB, 20 * MIB), depth=2).host_memory for n in (40, 50))
+    assert two is not None
+    assert one is not None
+    assert (two.ring, one.ring) == (30 * MIB, 20 * MIB)
     from_host = decide(EIGHT, Budgets(60 * MIB, 20 * MIB), depth=2)
     assert from_host.host_memory is not None
     assert (from_host.host_memory.ring, from_host.memory.ring) == (0, 30 * MIB)
@@ -85,7 +90,7 @@ def test_tiles_of_a_tied_head_that_is_not_dense_come_from_disk() -> None:
     tied = TableSize("embed", 40 * MIB, 40 * MIB, 4096, tuple(piece(10 * MIB) for _ in range(4)))
     away = decide(replace(EIGHT, tables=(tied,)), Budgets(80 * MIB, 0), depth=1)
     assert away.host_memory is not None
-    assert away.host_memory.ring == away.memory.ring == 20 * MIB
+    assert (away.host_memory.ring, away.memory.ring) == (30 * MIB, 20 * MIB)
     dense = decide(replace(EIGHT, tables=(tied,)), Budgets(0, 120 * MIB), depth=1)
     assert dense.host_memory is not None
     assert (dense.memory.dense, dense.memory.ring, dense.host_memory.total) == (42 * MIB, 0, 0)
@@ -113,12 +118,12 @@ def test_head_in_host_memory_is_copied_whole_and_read_from_disk_in_tiles() -> No
     assert decide(sizes, Budgets(120 * MIB, 0), depth=1).memory.ring >= 50 * MIB
 
 
-def test_experts_have_slots_on_the_device_and_a_bounce_buffer_each() -> None:
+def test_experts_have_slots_on_the_device_and_are_read_through_a_few_buffers() -> None:
     experts = tuple(ExpertSize(8, 2, piece(2 * MIB)) for _ in range(4))
     found = decide(replace(EIGHT, experts=experts), Budgets(0, 80 * MIB + 20 * MIB), depth=2)
     assert found.expert_slots == 10
     assert found.host_memory is not None
-    assert found.memory.experts == found.host_memory.experts == 20 * MIB
+    assert (found.memory.experts, found.host_memory.experts) == (20 * MIB, 6 * MIB)  # one, and two ahead
     assert found.host_memory.ring == 0
 
 
@@ -212,7 +217,7 @@ def test_default_keeps_as_many_equal_blocks_as_fit(count: int, free_mib: int, de
     assert len(found.placement.device) == max(fitting)
 
 
-def test_default_of_pinned_memory_leaves_room_for_the_bounce_ring_and_that_of_experts() -> None:
+def test_default_of_pinned_memory_leaves_room_for_what_is_read_from_disk() -> None:
     def found(sizes: ModelSizes, device_mib: int, free_mib: int) -> int:
         device, free = device_mib * MIB, free_mib * MIB
         budget = default_pinned_bytes(sizes, device, depth=2, free_bytes=free)
@@ -220,7 +225,8 @@ def test_default_of_pinned_memory_leaves_room_for_the_bounce_ring_and_that_of_ex
         return len(decide(sizes, Budgets(budget, device), depth=2).placement.host)
 
     assert found(EIGHT, 20, 60) == 6  # nothing from disk
-    assert found(EIGHT, 20, 59) == 2  # three slots of a ring beside them
+    assert found(EIGHT, 20, 59) == 1  # four units of a ring beside it
+    assert found(EIGHT, 0, 79) == 3
     experts = (ExpertSize(8, 2, piece(2 * MIB)),) * 4
     assert found(replace(EIGHT, experts=experts), 80 + 20, 20) == 0
     assert found(replace(EIGHT, experts=experts), 20, 60 + 6) == 6  # three slots for experts
@@ -298,19 +304,21 @@ def test_no_budget_that_the_device_has_room_for_is_refused_with_what_would_do() 
 
 def test_budget_that_the_host_has_no_room_for_is_refused_with_one_that_fits() -> None:
     with pytest.raises(
-        PlanError, match=r"83886080 bytes of pinned host memory are needed, .* are free"
+        PlanError, match=r"73400320 bytes of pinned host memory are needed, .* are free"
     ) as error:
         room(Budgets(50 * MIB, 20 * MIB), host_mib=60)
-    assert "bounce ring 31457280, resident 52428800, experts 0" in str(error.value)
+    assert "ring of the disk 20971520, resident 52428800, experts 0" in str(error.value)
     fits = asked(str(error.value), "host_memory")
-    assert fits == 30 * MIB
+    assert fits == 20 * MIB
     room(Budgets(fits, 20 * MIB), host_mib=60)
-    room(Budgets(60 * MIB, 20 * MIB), host_mib=60)  # nothing from disk, no bounce
+    room(Budgets(60 * MIB, 20 * MIB), host_mib=60)  # nothing from disk, no ring
 
 
 def test_host_for_no_plan_says_what_is_needed_at_least() -> None:
-    with pytest.raises(PlanError, match="at least 10485760 bytes are needed, with host_memory=0 and depth=0"):
+    with pytest.raises(PlanError, match="at least 20971520 bytes are needed, with host_memory=0 and depth=0"):
         room(Budgets(0, 20 * MIB), host_mib=20)
+    with pytest.raises(PlanError, match="20971520 bytes of pinned host memory are needed, 19922944 are free"):
+        room(Budgets(0, 20 * MIB), host_mib=19, depth=0)
     room(Budgets(0, 20 * MIB), host_mib=20, depth=0)
 
 

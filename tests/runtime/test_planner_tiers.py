@@ -89,6 +89,15 @@ def test_disk_and_link_are_both_busy_where_both_matter(sizes: list[int], device:
     assert slowness(sizes, placement, link=20, disk=20 * read / copied, depth=4) <= 1.06
 
 
+@pytest.mark.parametrize("sizes", MIXED.values(), ids=MIXED.keys())
+@pytest.mark.parametrize(("device", "host"), [(0.25, 0.5), (0.25, 0.65), (0.0, 0.9), (0.5, 0.1)])
+@pytest.mark.parametrize(("link", "disk"), [(20.0, 3.0), (25.0, 6.0), (12.0, 6.0)])
+def test_two_units_ahead_do_for_a_few_blocks_from_disk_among_many_of_the_host(
+    sizes: list[int], device: float, host: float, link: float, disk: float
+) -> None:
+    assert slowness(sizes, tiers(sizes, device, host), link=link, disk=disk) <= 1.005
+
+
 @pytest.mark.parametrize(("host", "disk", "most"), [(0.5, 6.0, 1.03), (0.25, 12.0, 1.02), (0.0, 3.0, 1.001)])
 def test_two_units_ahead_do_for_blocks_of_one_size(host: float, disk: float, most: float) -> None:
     assert slowness(UNIFORM, tiers(UNIFORM, 0.25, host), link=12, disk=disk) <= most
