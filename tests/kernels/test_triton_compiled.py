@@ -53,3 +53,14 @@ def test_kernels_compile_for_other_devices(target: str, repository: Path, tmp_pa
     kernels = resources(repository, tmp_path, "--targets", target, "--kernels", *names)
     assert [kernel["kernel"] for kernel in kernels] == [*names[:2], "matmul 16 rows raw bf16"]
     assert all(kernel["target"] == target for kernel in kernels)
+    assert not any(kernel["spilled_bytes"] for kernel in kernels if kernel["kernel"].startswith("decode"))
+
+
+def test_decoding_takes_few_instructions_per_weight(repository: Path, tmp_path: Path) -> None:
+    """docs/design/triton.md says what follows from them; a change that costs one in ten is one to know of."""
+    names = ["decode raw bf16", "decode exponent bf16"]
+    kernels = resources(repository, tmp_path, "--targets", "sm_90", "--kernels", *names)
+    limits = [13.6, 24.6, 24.1]
+    assert len(kernels) == len(limits)
+    for kernel, limit in zip(kernels, limits, strict=True):
+        assert 5 < kernel["per_weight"] <= limit, kernel
