@@ -58,7 +58,8 @@ class DeviceScratch(ThreadScratch):
             if nbytes:
                 self._reserve(use, nbytes)
         if has_triton(accelerator.device):
-            self._start_status()
+            with torch.inference_mode(mode=False):  # who loads may be in it, and who runs the model not
+                self._start_status()
 
     @property
     def status(self) -> torch.Tensor | None:  # type: ignore[override]
