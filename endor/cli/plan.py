@@ -319,6 +319,7 @@ def _plan_to_json(planned: _Planned) -> dict[str, Any]:
         "device_memory": planned.budgets.device_bytes,
         "placement": decision.placement.counts(),
         "expert_slots": decision.expert_slots,
+        "host_experts": sum(decision.host_experts),
         "bytes_per_token": asdict(planned.plan.traffic),
         "memory": memory,
         "pinned_memory": None if host is None else asdict(host) | {"total": host.total},
@@ -414,7 +415,9 @@ def _plan_rows(plan: Plan) -> list[tuple[str, str]]:
         text = _memory_text(asdict(decision.host_memory), decision.host_memory.total)
         rows.insert(3, ("memory of the host", text))
     if decision.expert_slots:
-        rows.insert(1, ("experts", f"room for {decision.expert_slots}; all are taken to be as likely"))
+        held = sum(decision.host_experts)
+        room = f"room for {decision.expert_slots}" + (f" on the device, {held} in memory" if held else "")
+        rows.insert(1, ("experts", f"{room}; all are taken to be as likely"))
     return rows
 
 

@@ -2,7 +2,8 @@
 
 On a CPU weights are used in host memory, and what is streamed comes from disk into a ring there. A device
 with its own memory has its own ring, and three tiers: blocks on the device, blocks in (pinned) host memory
-that are copied for each token, blocks on disk that are read into pinned memory first.
+that are copied for each token, blocks on disk that are read into pinned memory first. Experts, too, are kept
+in what is left of host memory, and copied to a slot of the device from there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from endor.loaders.staging import HUGE_PAGE_BYTES
 from endor.runtime.placement import Placement, plan_placement, plan_tiers
 from endor.runtime.sizes import Budgets, ExpertSize, ModelSizes, Piece, TableSize
 
-__all__ = ["Decision", "Memory", "budget_used", "decide"]
+__all__ = ["Decision", "Memory", "budget_used", "decide", "expert_buffers", "host_budget_used"]
 
 _SCRATCHES: Final = ("stored_bytes", "cast_bytes")
 
@@ -29,7 +30,7 @@ class Memory:
     Attributes:
         ring: of what is streamed; of the host of a device, what is read from disk on its way to that.
         resident: blocks that stay.
-        experts: their slots.
+        experts: their slots; of the host of a device, those that stay there, and buffers to read others.
         scratch: of what is decoded at a time.
         dense: parameters that are not compressed.
         cache: keys and values of the context; counted where `decide` was told of one, on a device.
@@ -60,6 +61,8 @@ class Decision:
         expert_slots: experts that are in memory at a time.
         memory: what that takes where weights are used.
         host_memory: what it takes of the host's, pinned, if that is a device with its own memory.
+        host_experts: of each layer's experts the first so many stay in the host's memory, and are copied from
+            there; empty where they are used there.
     """
 
     placement: Placement
@@ -67,10 +70,13 @@ class Decision:
     expert_slots: int
     memory: Memory
     host_memory: Memory | None = None
+    host_experts: tuple[int, ...] = ()
 
 
 def decide(sizes: ModelSizes, budgets: Budgets, *, depth: int, context_tokens: int = 0) -> Decision:
     """Share out the memory: blocks first, since every token needs all of each; then tables, then experts.
+
+    What blocks leave of the host's memory beside a device holds experts.
 
     On a device a table that is a head too comes before the blocks: every token needs all of it as well, and
     the rest of it would come from disk, where blocks have the host's memory.
@@ -96,11 +102,13 @@ def decide(sizes: ModelSizes, budgets: Budgets, *, depth: int, context_tokens: i
     memory = _memory(sizes, placement, dense, slots, own_memory, depth=depth)
     if not own_memory:
         return Decision(placement, dense, slots, memory)
-    pinned = _pinned(sizes, placement, dense, slots, depth=depth)
+    host_left = budgets.host_bytes - sum(sizes.blocks[i].whole.nbytes for i in placement.host)
+    held = _host_experts(sizes.experts, host_left, slots)
+    pinned = _pinned(sizes, placement, dense, slots, held, depth=depth)
     cache = sizes.cache_bytes_per_token * context_tokens
     activations = sizes.activation_bytes_per_token * context_tokens + sizes.logits_bytes
     memory = replace(memory, cache=cache, activations=activations)
-    return Decision(placement, dense, slots, memory, pinned)
+    return Decision(placement, dense, slots, memory, pinned, held)
 
 
 def budget_used(sizes: ModelSizes, decision: Decision, budget: int) -> int:
@@ -111,6 +119,12 @@ def budget_used(sizes: ModelSizes, decision: Decision, budget: int) -> int:
     slot_bytes = _slot_bytes(sizes.experts)
     slots = min(decision.expert_slots, (budget - used) // slot_bytes) if slot_bytes else 0
     return used + slots * slot_bytes
+
+
+def host_budget_used(sizes: ModelSizes, decision: Decision) -> int:
+    """Of the budget for host memory beside a device, the bytes that the decision fills."""
+    blocks = sum(sizes.blocks[i].whole.nbytes for i in decision.placement.host)
+    return blocks + _held_bytes(sizes.experts, decision.host_experts)
 
 
 def _streamed(
@@ -158,6 +172,28 @@ def _expert_slots(experts: Sequence[ExpertSize], left: int, *, depth: int) -> in
     return max(2, depth + 1, min(sum(layer.count for layer in experts), left // _slot_bytes(experts)))
 
 
+def _host_experts(layers: Sequence[ExpertSize], left: int, slots: int) -> tuple[int, ...]:
+    """How many of each layer's stay in host memory: as many of each as of any other, as far as they fit.
+
+    None where the device has slots for all of them: there each is read once.
+    """
+    held = [0] * len(layers)
+    open_layers = [] if slots >= sum(layer.count for layer in layers) else list(range(len(layers)))
+    while open_layers:
+        for i in tuple(open_layers):
+            span = layers[i].span_bytes(held[i]) if held[i] < layers[i].count else left + 1
+            if span > left:
+                open_layers.remove(i)
+            else:
+                held[i] += 1
+                left -= span
+    return tuple(held)
+
+
+def _held_bytes(layers: Sequence[ExpertSize], held: Sequence[int]) -> int:
+    return sum(layer.span_bytes(number) for layer, n in zip(layers, held, strict=True) for number in range(n))
+
+
 def _slot_bytes(experts: Iterable[ExpertSize]) -> int:
     return max((layer.expert.span_bytes for layer in experts), default=0)
 
@@ -185,18 +221,25 @@ def _memory(
 
 
 def _pinned(
-    sizes: ModelSizes, placement: Placement, dense: frozenset[str], slots: int, *, depth: int
+    sizes: ModelSizes,
+    placement: Placement,
+    dense: frozenset[str],
+    slots: int,
+    held: Sequence[int],
+    *,
+    depth: int,
 ) -> Memory:
-    """The host's: blocks that stay there, and what is read from disk on its way to the device.
+    """The host's: what stays there, and what is read from disk on its way to the device.
 
     The disk has a ring of its own, so that it goes on while blocks from memory are in turn.
     """
     streamed = _streamed(sizes, placement, dense, own_memory=True)
     from_disk = [piece.span_bytes for piece, is_read in streamed if is_read]
+    buffers = expert_buffers(depth, slots) if sum(held) < sum(layer.count for layer in sizes.experts) else 0
     return Memory(
         ring=_arena(feed_bytes_of(from_disk, depth)) if from_disk else 0,
         resident=_arena(sum(sizes.blocks[i].whole.span_bytes for i in placement.host)),
-        experts=_arena(expert_buffers(depth, slots) * _slot_bytes(sizes.experts)),
+        experts=_arena(buffers * _slot_bytes(sizes.experts)) + _arena(_held_bytes(sizes.experts, held)),
         scratch=0,
         dense=0,
     )

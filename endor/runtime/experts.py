@@ -2,6 +2,7 @@
 
 A layer announces the experts it is about to use (`want`) and then takes one after another (`get`): while one
 is computed with, the next ones are read into slots that no announced expert has, least recently used first.
+On a device those that are held in host memory are copied to their slots from there.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Expert:
 class _Slot:
     buffer: Buffer
     staging: Buffer | None = None  # what it is read to on its way to a device
+    is_held: bool = False
     expert: Expert | None = None
     tickets: list[Ticket] = field(default_factory=list)
     weights: Mapping[str, PackedTensor] | None = None
@@ -58,7 +60,10 @@ class ExpertCache:
         slots: at least two, so that one is read while another is used.
         ahead: read what is announced before it is asked for.
         staging: pinned host memory, of at least two experts, that experts are read to and copied to a
-            device from; its owner's to close. None where they are used where they were read to.
+            device from; its owner's to close. None where they are used where they were read to, or if all
+            are held.
+        held: units of experts in pinned host memory, from which they are copied to a device; whose memory it
+            is must keep it until the cache is closed.
         stats: where bytes and waiting are counted.
     """
 
@@ -72,10 +77,12 @@ class ExpertCache:
         slots: int,
         ahead: bool = True,
         staging: StagingPool | None = None,
+        held: Mapping[ExpertKey, torch.Tensor] | None = None,
         stats: StatsRecorder,
     ) -> None:
         self._reader = reader
         self._staging = staging
+        self._held = dict(held or {})
         self._copying: deque[tuple[Event, Buffer]] = deque()
         self._on_device = isinstance(pool, SlotPool)
         self._expert_of = expert_of
@@ -93,6 +100,11 @@ class ExpertCache:
     def slots(self) -> int:
         """Experts that have room."""
         return len(self._free) + len(self._taken)
+
+    @property
+    def held(self) -> int:
+        """Experts that are in host memory, beside a device's slots."""
+        return len(self._held)
 
     @property
     def capacity_bytes(self) -> int:
@@ -139,6 +151,7 @@ class ExpertCache:
         self._taken.clear()
         self._free.clear()
         self._pool.close()
+        self._held.clear()
 
     def _finish(self, key: ExpertKey, slot: _Slot, *, again: bool) -> Mapping[str, PackedTensor]:
         assert slot.expert is not None
@@ -157,15 +170,20 @@ class ExpertCache:
                 raise
             self._copy(slot, unit)
         self._stats.copied(unit.name, slot.buffer.copied)
-        self._stats.disk_bytes += unit.total_bytes
+        if slot.is_held:
+            self._stats.host_bytes += unit.total_bytes
+        else:
+            self._stats.disk_bytes += unit.total_bytes
         slot.tickets = []
         places = zip(unit.op_offsets, unit.ops, strict=True)
         slot.weights = slot.expert.unpack([slot.buffer.tensor(at, op.length_bytes) for at, op in places])
         return slot.weights
 
     def _copy(self, slot: _Slot, unit: Unit) -> None:
-        """Copy an expert that was read to the device, if that is where it is used."""
+        """Copy an expert that was read to the device, if that is where it is used; held ones are on their
+        way."""
         if slot.staging is None:
+            slot.buffer.arrive()
             return
         slot.buffer.land(slot.staging.tensor(0, unit.span_bytes))
         slot.buffer.arrive()
@@ -188,25 +206,33 @@ class ExpertCache:
                 break
 
     def _launch(self, key: ExpertKey) -> _Slot | None:
-        """Begin to read an expert, if there is room for it."""
-        staging = self._room_to_read()
-        slot = self._empty_slot() if staging is not None or self._staging is None else None
+        """Begin to read an expert, or to copy one that is held, if there is room for it."""
+        held = self._held.get(key)
+        is_staged = held is None and self._staging is not None
+        staging = self._room_to_read() if is_staged else None
+        slot = self._empty_slot() if staging is not None or not is_staged else None
         if slot is None:
             if staging is not None:
                 staging.release()
             return None
         self._taken[key] = slot
-        slot.staging = staging
+        slot.staging, slot.is_held = staging, held is not None
         try:
-            slot.expert = expert = self._expert_of(key)
-            buffer = slot.buffer if staging is None else staging
-            buffer.wait_writable()
-            for op, start in zip(expert.unit.ops, expert.unit.op_offsets, strict=True):
-                slot.tickets.append(buffer.submit(self._reader, op, start))
+            slot.expert = self._expert_of(key)
+            if held is None:
+                self._read(slot, slot.expert.unit)
+            else:
+                slot.buffer.land(held)
         except BaseException:
             self._abandon(key)
             raise
         return slot
+
+    def _read(self, slot: _Slot, unit: Unit) -> None:
+        buffer = slot.buffer if slot.staging is None else slot.staging
+        buffer.wait_writable()
+        for op, start in zip(unit.ops, unit.op_offsets, strict=True):
+            slot.tickets.append(buffer.submit(self._reader, op, start))
 
     def _room_to_read(self) -> Buffer | None:
         """Pinned memory for an expert on its way; None where all of it is taken, or none is needed."""
@@ -230,6 +256,7 @@ class ExpertCache:
         candidates = [k for k in (*reversed(self._wanted), *self._taken) if k in self._taken and k != key]
         if (
             self._staging is not None
+            and key not in self._held
             and self._staging.lent_bytes + self._slot_bytes > self._staging.capacity_bytes
         ):
             candidates = [k for k in candidates if self._taken[k].staging is not None] or candidates

@@ -224,6 +224,7 @@ def _start(
             tables=plan.tables,
             experts=plan.experts,
             expert_slots=plan.expert_slots,
+            host_experts=plan.decision.host_experts,
             verify=options.verify,
             dense_bytes=dense_bytes(model),
             accelerator=accelerator,

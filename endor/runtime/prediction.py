@@ -158,7 +158,10 @@ def predict(sizes: ModelSizes, decision: Decision, rates: Rates, *, depth: int) 
     """Bytes and seconds of one token, after a first one has filled the ring and warmed the experts."""
     if decision.host_memory is None:
         rates = replace(rates, copy_bytes_per_s=float("inf"))  # weights are used where they are read to
-    experts = [_expert_time(layer, hits, rates, depth=depth) for layer, hits in _hits(sizes, decision)]
+    experts = [
+        _expert_time(layer, hits, held, rates, depth=depth)
+        for (layer, hits), held in zip(_hits(sizes, decision), _held_shares(sizes, decision), strict=True)
+    ]
     steps = [*_steps(sizes, decision, rates), Step(work_s=rates.overheads.token_s)]
     read_s = sum(step.read_s for step in steps) + sum(e.read_s for e in experts)
     copy_s = sum(step.copy_s for step in steps) + sum(e.copy_s for e in experts)
@@ -219,36 +222,55 @@ def _seen(layer: ExpertSize, tokens: float) -> float:
     return 1.0 - math.pow(1.0 - layer.routed / layer.count, tokens)
 
 
-def _expert_time(layer: ExpertSize, hits: float, rates: Rates, *, depth: int) -> Timing:
+def _held_shares(sizes: ModelSizes, decision: Decision) -> list[float]:
+    """Of each layer's experts, the share that a device finds in the host's memory."""
+    held = decision.host_experts or (0,) * len(sizes.experts)
+    return [n / layer.count for layer, n in zip(sizes.experts, held, strict=True)]
+
+
+def _expert_time(layer: ExpertSize, hits: float, held: float, rates: Rates, *, depth: int) -> Timing:
     """Of one layer's experts, which are asked for when the router has chosen.
+
+    The share `held` of those that are missing is only copied. Layers in which some are and some are not wait
+    for as long as the mean of one with all and one with none of them says.
+    """
+    extra, missing = rates.overheads, layer.routed * (1.0 - hits)
+    read_s = layer.expert.nbytes / (rates.disk_bytes_per_s * extra.expert_disk_share)
+    copy_s = layer.expert.nbytes / rates.copy_bytes_per_s
+    product_s = rates.work_s(layer.expert.nbytes, layer.expert.kinds) + extra.expert_s
+    late = [_late_s(layer, 1.0 - hits, s, copy_s, product_s, depth=depth) for s in (read_s, 0.0)]
+    return Timing(
+        read_s=missing * (1.0 - held) * read_s,
+        copy_s=missing * copy_s,
+        work_s=layer.routed * product_s + missing * extra.expert_read_s,
+        exposed_s=(1.0 - held) * late[0] + held * late[1],
+    )
+
+
+def _late_s(
+    layer: ExpertSize, missed: float, read_s: float, copy_s: float, product_s: float, *, depth: int
+) -> float:
+    """Of the time that one layer's missing experts take, what hides behind nothing.
 
     If the first is missing, nothing hides its read, nor its copy to a device; that of any other one hides
     behind the products since the one that was missing before it, and its copy behind the next one's read.
     """
-    extra, missed = rates.overheads, 1.0 - hits
     missing = layer.routed * missed
-    read_s = layer.expert.nbytes / (rates.disk_bytes_per_s * extra.expert_disk_share)
-    copy_s = layer.expert.nbytes / rates.copy_bytes_per_s
-    product_s = rates.work_s(layer.expert.nbytes, layer.expert.kinds) + extra.expert_s
-    exposed_s = missing * (read_s + copy_s)
-    if depth and missed:
-        slower_s = max(read_s, copy_s)
-        late_s = slower_s - min(slower_s, product_s / missed)
-        exposed_s = missed * (read_s + copy_s) + (missing - missed) * late_s
-    return Timing(
-        read_s=missing * read_s,
-        copy_s=missing * copy_s,
-        work_s=layer.routed * product_s + missing * extra.expert_read_s,
-        exposed_s=exposed_s,
-    )
+    if not depth or not missed:
+        return missing * (read_s + copy_s)
+    slower_s = max(read_s, copy_s)
+    late_s = slower_s - min(slower_s, product_s / missed)
+    return missed * (read_s + copy_s) + (missing - missed) * late_s
 
 
 def _traffic(sizes: ModelSizes, decision: Decision) -> Traffic:
     placement, dense = decision.placement, decision.dense_tables
-    hit, missed = 0.0, 0.0
-    for layer, hits in _hits(sizes, decision):
-        hit += layer.routed * hits * layer.expert.nbytes
-        missed += layer.routed * (1.0 - hits) * layer.expert.nbytes
+    hit = copied = read = 0.0
+    for (layer, hits), held in zip(_hits(sizes, decision), _held_shares(sizes, decision), strict=True):
+        routed_bytes = layer.routed * layer.expert.nbytes
+        hit += routed_bytes * hits
+        copied += routed_bytes * (1.0 - hits) * held
+        read += routed_bytes * (1.0 - hits) * (1.0 - held)
     tables = [table for table in sizes.tables if table.name not in dense]
     rows = sum(table.row_bytes for table in tables)
     tiles = sum(piece.nbytes for table in tables for piece in table.tiles)
@@ -257,5 +279,6 @@ def _traffic(sizes: ModelSizes, decision: Decision) -> Traffic:
         for tier in ("device", "host")
     }
     blocks["host" if decision.host_memory is None else "device"] += round(hit)
+    blocks["host"] += round(copied)
     streamed = sum(p.nbytes for i in placement.disk for p in sizes.blocks[i].streamed)
-    return Traffic(**blocks, disk=streamed + tiles + rows + round(missed))
+    return Traffic(**blocks, disk=streamed + tiles + rows + round(read))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from endor.errors import PlanError
-from endor.runtime.decision import Decision, Memory, budget_used, decide
+from endor.runtime.decision import Decision, Memory, budget_used, decide, host_budget_used
 from endor.runtime.sizes import Budgets, ModelSizes
 
 __all__ = [
@@ -68,7 +68,8 @@ def default_device_bytes(sizes: ModelSizes, *, depth: int, context_tokens: int, 
 
 
 def default_pinned_bytes(sizes: ModelSizes, device_bytes: int, *, depth: int, free_bytes: int) -> int:
-    """The largest budget for blocks in pinned host memory beside which what is read from disk has room.
+    """The largest budget for blocks and experts in pinned host memory beside which what is read from disk has
+    room.
 
     Args:
         device_bytes: the device's budget.
@@ -200,7 +201,7 @@ def _fitting_host(sizes: ModelSizes, budgets: Budgets, *, depth: int, free_bytes
         budgets.host_bytes,
         lambda host_bytes: decide(sizes, replace(budgets, host_bytes=host_bytes), depth=depth),
         needed=lambda decision: _host_total(decision) - free_bytes,
-        used=lambda decision, _: sum(sizes.blocks[i].whole.nbytes for i in decision.placement.host),
+        used=lambda decision, _: host_budget_used(sizes, decision),
     )
 
 

@@ -63,15 +63,27 @@ class TableSize:
 
 @dataclass(frozen=True)
 class ExpertSize:
-    """The experts of one layer, of which every token takes `routed`."""
+    """The experts of one layer, of which every token takes `routed`.
+
+    Attributes:
+        expert: the usual one; its `span_bytes` are those of the largest.
+        spans: `span_bytes` of each; empty if all take the same.
+    """
 
     count: int
     routed: int
     expert: Piece
+    spans: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.routed <= self.count:
             raise PlanError(f"of {self.count} experts a token takes 1 to {self.count}, found {self.routed}")
+        if self.spans and len(self.spans) != self.count:
+            raise PlanError(f"of {self.count} experts each has a span, found {len(self.spans)} of them")
+
+    def span_bytes(self, number: int) -> int:
+        """Staging memory of one of them, in whole pages."""
+        return self.spans[number] if self.spans else self.expert.span_bytes
 
 
 @dataclass(frozen=True)

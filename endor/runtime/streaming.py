@@ -54,7 +54,8 @@ class Runtime:
         stats: where everything is counted.
         tables: embeddings and tied heads that are not resident.
         experts: of Mixture-of-Experts layers, by layer.
-        expert_slots: how many experts are in memory at a time.
+        expert_slots: how many experts are in memory at a time, where they are used.
+        host_experts: see `Tiers`.
         verify: when blocks are compared with their checksums: `always`, `first` (when they are first read) or
             `never`.
         dense_bytes: memory of the model's other, dense parameters, for reports.
@@ -75,6 +76,7 @@ class Runtime:
         tables: Sequence[Table] = (),
         experts: Sequence[ExpertStacks] = (),
         expert_slots: int = 2,
+        host_experts: Sequence[int] = (),
         verify: str = "first",
         dense_bytes: int = 0,
         accelerator: Accelerator | None = None,
@@ -106,6 +108,7 @@ class Runtime:
             accelerator=accelerator,
             verify=verify,
             expert_slots=expert_slots,
+            host_experts=host_experts,
             stats=stats,
         )
         self._give_sources()
@@ -175,7 +178,8 @@ class Runtime:
         said += [f"{head.name} in {len(head.tiles)} tiles" for head in self._heads]
         if self._tiers.experts:
             total = sum(stacks.count for stacks in self._experts)
-            said.append(f"room for {self._tiers.experts.slots} of {total} experts")
+            held = f", {self._tiers.experts.held} in host memory" if self._tiers.experts.held else ""
+            said.append(f"room for {self._tiers.experts.slots} of {total} experts{held}")
         return ", ".join(said)
 
     @property

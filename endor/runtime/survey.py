@@ -246,14 +246,15 @@ def _table_size(table: Table, matmul: str) -> TableSize:
 
 def _expert_size(stacks: ExpertStacks, routed: int | None, matmul: str) -> ExpertSize:
     weights = tuple(stacks.weights.values())
-    spans = [stacks.expert(number).unit for number in range(stacks.count)]
+    units = [stacks.expert(number).unit for number in range(stacks.count)]
     kinds: Counter[str] = Counter()
     for weight in weights:
         kinds[kind_of(weight.packed_layout)] += weight.nbytes // stacks.count
     stored, cast = _decoded(((matrix_of(weight), weight.dtype) for weight in weights), matmul)
-    nbytes = sum(unit.total_bytes for unit in spans) // stacks.count
+    nbytes = sum(unit.total_bytes for unit in units) // stacks.count
+    spans = tuple(unit.span_bytes for unit in units)
     expert = Piece(nbytes, stacks.expert_bytes, stored, cast, kinds)
-    return ExpertSize(stacks.count, min(routed or stacks.count, stacks.count), expert)
+    return ExpertSize(stacks.count, min(routed or stacks.count, stacks.count), expert, spans)
 
 
 def _piece(unit: Unit, weights: Iterable[BitmapTensor], matmul: str) -> Piece:

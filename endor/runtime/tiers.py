@@ -2,12 +2,12 @@
 
 On a CPU blocks that stay are used where they are. A device with its own memory has three tiers: blocks that
 stay on it, blocks in pinned host memory, which are copied to a slot each time, and blocks on disk, which are
-read first. Everything is allocated here, once.
+read first; so have experts, whose slots keep those that were used last. Everything is allocated here, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from endor.loaders import (
 )
 from endor.runtime.blocks import WeightBlock
 from endor.runtime.decision import expert_buffers
-from endor.runtime.experts import ExpertCache
+from endor.runtime.experts import ExpertCache, ExpertKey
 from endor.runtime.placement import Placement
 from endor.runtime.slices import ExpertStacks, Table, parts_of
 from endor.runtime.stats import StatsRecorder
@@ -50,7 +50,8 @@ class Tiers:
         reader: its owner's to close.
         accelerator: of a device with its own memory; None for a CPU.
         verify: `always`, `first` or `never`.
-        expert_slots: how many experts are in memory at a time.
+        expert_slots: how many experts are in memory at a time, where they are used.
+        host_experts: of each layer's experts, beside a device, so many stay in host memory; empty for none.
         stats: where experts are counted.
 
     Raises what reading and allocating raises; then nothing is held.
@@ -73,6 +74,7 @@ class Tiers:
         accelerator: Accelerator | None,
         verify: str,
         expert_slots: int,
+        host_experts: Sequence[int] = (),
         stats: StatsRecorder,
     ) -> None:
         self._reader = reader
@@ -88,6 +90,7 @@ class Tiers:
         self.prefetcher: Prefetcher | None = None
         self.experts: ExpertCache | None = None
         self._expert_pool: Pool[Any] | None = None
+        self._held_experts: HeldUnits | None = None
         self._feed: DiskFeed | None = None
         self._staging: StagingPool | None = None
         near = placement.device if accelerator is not None else placement.host
@@ -97,7 +100,8 @@ class Tiers:
             self.held = self._read_held([blocks[i] for i in far])
             self._number([block for i, block in enumerate(blocks) if i not in near], heads)
             self.prefetcher = self._start_ring(depth)
-            self.experts = self._start_experts(experts, expert_slots, depth=depth)
+            held = self._read_experts(experts, host_experts)
+            self.experts = self._start_experts(experts, expert_slots, held, depth=depth)
         except BaseException:
             self.close()
             raise
@@ -115,10 +119,11 @@ class Tiers:
 
     @property
     def pinned_bytes(self) -> int:
-        """Host memory for what is used on a device: blocks that stay there, and what is read from disk."""
+        """Host memory for what is used on a device: blocks and experts that stay there, and what is read from
+        disk."""
         staging = self._staging.capacity_bytes if self._staging else 0
-        feed = self._feed.nbytes if self._feed else 0
-        return staging + feed + (self.held.nbytes if self.held else 0)
+        parts = (self._feed, self.held, self._held_experts)
+        return staging + sum(part.nbytes for part in parts if part is not None)
 
     @property
     def streamed_bytes(self) -> int:
@@ -133,7 +138,7 @@ class Tiers:
         """End threads and free memory. Idempotent."""
         # Slots first: closing them waits for the device, which may still copy from host memory.
         slots = (self.prefetcher, self.experts, self._expert_pool, self.resident)
-        parts = (*slots, self._feed, self._staging, self.held)
+        parts = (*slots, self._feed, self._staging, self.held, self._held_experts)
         close_parts([part for part in parts if part is not None])
 
     # Setting up.
@@ -250,8 +255,39 @@ class Tiers:
     def _source_of(self, unit: Unit) -> Source | None:
         return self.held if self.is_held(unit) else self._feed
 
+    def _read_experts(
+        self, experts: Sequence[ExpertStacks], counts: Sequence[int]
+    ) -> Mapping[ExpertKey, torch.Tensor]:
+        """Read the experts that stay in host memory, the first ones of each layer.
+
+        They were compared with their checksums when the model was placed: a single one has none. Those of a
+        layer are read as one unit, many short reads at a time; it takes as much memory as theirs do.
+        """
+        each = {
+            layer: [experts[layer].expert(number).unit for number in range(count)]
+            for layer, count in enumerate(counts)
+            if count
+        }
+        if not each:
+            return {}
+        assert self._accelerator is not None
+        layers = {layer: _joined(units) for layer, units in each.items()}
+        self._held_experts = HeldUnits(list(layers.values()), self._reader, pin=self._accelerator.pin)
+        held: dict[ExpertKey, torch.Tensor] = {}
+        for layer, units in each.items():
+            memory = self._held_experts.find(layers[layer])
+            assert memory is not None
+            parts = memory.split([unit.span_bytes for unit in units])
+            held |= {(layer, number): part for number, part in enumerate(parts)}
+        return held
+
     def _start_experts(
-        self, experts: Sequence[ExpertStacks], slots: int, *, depth: int
+        self,
+        experts: Sequence[ExpertStacks],
+        slots: int,
+        held: Mapping[ExpertKey, torch.Tensor],
+        *,
+        depth: int,
     ) -> ExpertCache | None:
         if not experts:
             return None
@@ -259,7 +295,7 @@ class Tiers:
         if self._accelerator is not None:
             pool = SlotPool(slots * slot_bytes, self._accelerator, reader=self._reader)
             self._expert_pool = pool
-            if pool.into_slots is None:
+            if pool.into_slots is None and len(held) < sum(stacks.count for stacks in experts):
                 nbytes = expert_buffers(depth, slots) * slot_bytes
                 self._staging = StagingPool(nbytes, pin=self._accelerator.pin)
         return ExpertCache(
@@ -267,6 +303,7 @@ class Tiers:
             lambda key: experts[key[0]].expert(key[1]),
             self._expert_pool,
             staging=self._staging,
+            held=held,
             slot_bytes=slot_bytes,
             slots=slots,
             ahead=depth > 0,
@@ -285,6 +322,11 @@ class Tiers:
         block.verify(parts_of(unit, torch.frombuffer(memory, dtype=torch.uint8)))
         if self._verify_when == "first":
             self._verified.add(unit_index)
+
+
+def _joined(units: Sequence[Unit]) -> Unit:
+    """One unit of all reads, in which each of `units` takes its own span, one after another."""
+    return Unit(f"{units[0].name} and {len(units) - 1} more", tuple(op for unit in units for op in unit.ops))
 
 
 def close_parts(parts: Sequence[Any]) -> None:
