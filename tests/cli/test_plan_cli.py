@@ -13,6 +13,7 @@ import torch
 
 from endor.errors import LoadError, PlanError
 from endor.loaders import BlockingAccelerator
+from tests.runtime.test_sliced_weights import converted, mixtral
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 GIVEN = ("--disk-bandwidth", "1MB/s", "--memory-bandwidth", "1 GB / s")
@@ -301,6 +302,23 @@ def test_a_deeper_ring_is_named_where_nothing_is_read_ahead(run_command: Run, de
     assert " more of the device's memory, " in text
     deep = run_command("endor", "plan", demo_checkpoint, *tiers[:-1], "2", *slow)
     assert (deep.returncode, "deeper ring" in deep.stdout) == (0, False)
+
+
+def test_experts_that_stay_in_host_memory_are_counted(run_command: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    directory, _ = converted(mixtral(), tmp_path)
+    few, many = (
+        ("--device-memory", "0", "--host-memory", "0"),
+        ("--device-memory", "0", "--host-memory", "1GB"),
+    )
+    assert planned(run_command, directory, *few, *RATES)["plans"][0]["host_experts"] == 0
+    (plan,) = planned(run_command, directory, *many, *RATES)["plans"]
+    assert (plan["expert_slots"], plan["host_experts"]) == (3, 16)
+    assert plan["bytes_per_token"]["disk"] == 64 * 2  # a row of the embedding
+    text = " ".join(run_command("endor", "plan", directory, *many, *RATES).stdout.split())
+    assert "experts room for 3 on the device, 16 in memory; all are taken to be as likely" in text
+    text = " ".join(run_command("endor", "plan", directory, *few, *RATES).stdout.split())
+    assert "experts room for 3; all are taken to be as likely" in text
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "mps"])

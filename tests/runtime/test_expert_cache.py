@@ -10,9 +10,10 @@ import torch
 
 from endor.errors import LoadError
 from endor.formats.packed import PackedTensor, TensorLayout
-from endor.loaders import PosixReader, ReadOp, Unit
+from endor.loaders import PosixReader, ReadOp, SlotPool, StagingPool, Ticket, Unit
 from endor.runtime.experts import Expert, ExpertCache, ExpertKey
 from endor.runtime.stats import StatsRecorder
+from tests.support.accelerators import CheckedAccelerator, watch_slots
 
 EXPERTS = 12
 BYTES = 5000
@@ -116,3 +117,112 @@ def test_a_failed_read_is_an_error_and_can_be_repeated(shop: Shop) -> None:
     again = Shop(shop.path, slots=4)
     again.use(0, 1, 2)
     again.close()
+
+
+# On a device, with some experts in host memory.
+
+SPAN = 12288
+
+
+class DeviceShop(Shop):
+    """The same on a device, whose cache finds the experts `held` in host memory."""
+
+    def __init__(self, path: Path, *, slots: int, held: Sequence[int], staged: int) -> None:
+        super().__init__(path, slots=2)
+        self.cache.close()
+        self.accelerator = CheckedAccelerator()
+        self.memory = StagingPool(max(1, len(held)) * SPAN, pin=self.accelerator.pin)
+        self.staging = StagingPool(staged * SPAN, pin=self.accelerator.pin) if staged else None
+        self.submitted: list[int] = []
+        submit = self.reader.submit
+
+        def note(op: ReadOp, destination: memoryview) -> Ticket:
+            self.submitted.append(op.offset_bytes // BYTES)
+            return submit(op, destination)
+
+        vars(self.reader)["submit"] = note
+        self.cache = ExpertCache(
+            self.reader,
+            self.expert,
+            SlotPool(slots * SPAN, self.accelerator),
+            slot_bytes=SPAN,
+            slots=slots,
+            staging=self.staging,
+            held={(0, n): self._hold(n) for n in held},
+            stats=self.stats,
+        )
+
+    def _hold(self, number: int) -> torch.Tensor:
+        unit = self.expert((0, number)).unit
+        buffer = self.memory.allocate(unit.span_bytes)
+        buffer.tensor(unit.op_offsets[0], BYTES).fill_(number)
+        return buffer.tensor(0, unit.span_bytes)
+
+    def close(self) -> None:
+        super().close()
+        self.memory.close()
+        if self.staging is not None:
+            self.staging.close()
+        assert self.accelerator.races == []
+        assert self.accelerator.pinned == 0
+
+
+@pytest.fixture
+def _watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with watch_slots(monkeypatch):
+        yield
+
+
+@pytest.mark.usefixtures("_watched")
+def test_held_experts_are_copied_and_others_are_read(tmp_path: Path) -> None:
+    shop = DeviceShop(tmp_path / "experts", slots=4, held=range(6), staged=3)
+    shop.use(1, 7, 2, 8)
+    assert shop.submitted == [7, 8]
+    assert (shop.stats.host_bytes, shop.stats.disk_bytes) == (2 * BYTES, 2 * BYTES)
+    shop.use(1, 8)
+    assert (shop.stats.host_bytes, shop.stats.device_bytes) == (2 * BYTES, 2 * BYTES)
+    shop.close()
+
+
+@pytest.mark.usefixtures("_watched")
+@pytest.mark.parametrize("slots", [2, 3, 5])
+def test_held_experts_pass_through_few_slots_in_any_order(tmp_path: Path, slots: int) -> None:
+    shop = DeviceShop(tmp_path / "experts", slots=slots, held=range(0, EXPERTS, 2), staged=2)
+    for _ in range(2):
+        shop.use(*range(EXPERTS))
+        shop.use(*reversed(range(EXPERTS)))
+        shop.use(0, 2, 4, 1, 3, 5)
+    assert set(shop.submitted) == set(range(1, EXPERTS, 2))
+    shop.close()
+
+
+@pytest.mark.usefixtures("_watched")
+def test_all_experts_held_need_no_memory_to_read_them_to(tmp_path: Path) -> None:
+    shop = DeviceShop(tmp_path / "experts", slots=3, held=range(EXPERTS), staged=0)
+    shop.use(*range(EXPERTS))
+    shop.use(*range(EXPERTS))
+    assert (shop.submitted, shop.stats.disk_bytes) == ([], 0)
+    assert shop.cache.held == EXPERTS
+    shop.close()
+    assert shop.cache.held == 0
+
+
+@pytest.mark.usefixtures("_watched")
+def test_held_expert_that_nobody_announced_finds_a_slot_while_all_buffers_are_read_to(tmp_path: Path) -> None:
+    shop = DeviceShop(tmp_path / "experts", slots=3, held=[0], staged=3)
+    shop.cache.want([(0, 5), (0, 6), (0, 7)])
+    assert int(shop.cache.get((0, 0))["w"].sections["dense"][0]) == 0
+    shop.use(5, 6, 7, 0)
+    shop.close()
+
+
+@pytest.mark.usefixtures("_watched")
+def test_read_that_fails_among_held_experts_can_be_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "experts"
+    shop = DeviceShop(path, slots=3, held=[0, 1], staged=2)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 2 * BYTES])
+    with pytest.raises(LoadError, match=str(path)):
+        shop.use(0, 1, 2)
+    shop.use(0, 1)
+    shop.close()

@@ -127,6 +127,63 @@ def test_experts_have_slots_on_the_device_and_are_read_through_a_few_buffers() -
     assert found.host_memory.ring == 0
 
 
+MOE = replace(EIGHT, experts=tuple(ExpertSize(8, 2, piece(2 * MIB)) for _ in range(4)))
+"""64 MiB of experts beside 80 MiB of blocks."""
+
+
+@pytest.mark.parametrize(
+    ("left_mib", "held", "pinned_mib"),
+    [
+        (0, (0, 0, 0, 0), 6),
+        (1, (0, 0, 0, 0), 6),
+        (2, (1, 0, 0, 0), 6 + 2),
+        (21, (3, 3, 2, 2), 6 + 20),
+        (63, (8, 8, 8, 7), 6 + 62),
+        (64, (8, 8, 8, 8), 64),  # nothing is read, so no buffers
+        (99, (8, 8, 8, 8), 64),
+    ],
+)
+def test_what_blocks_leave_of_host_memory_holds_experts_as_many_of_each_layer(
+    left_mib: int, held: tuple[int, ...], pinned_mib: int
+) -> None:
+    found = decide(MOE, Budgets((80 + left_mib) * MIB, 0), depth=2)
+    assert len(found.placement.host) == 8
+    assert found.host_experts == held
+    assert found.host_memory is not None
+    assert found.host_memory.experts == pinned_mib * MIB
+    assert found.host_memory.total == (80 + pinned_mib) * MIB
+    assert found.memory.experts == 6 * MIB
+
+
+def test_experts_have_all_of_host_memory_where_blocks_are_on_the_device() -> None:
+    found = decide(MOE, Budgets(21 * MIB, 80 * MIB), depth=2)
+    assert found.placement.counts() == {"device": 8, "host": 0, "disk": 0}
+    assert found.host_experts == (3, 3, 2, 2)
+
+
+def test_device_with_slots_for_all_experts_needs_none_in_host_memory() -> None:
+    all_but_one = decide(MOE, Budgets(GIB, (80 + 62) * MIB), depth=2)
+    assert (all_but_one.expert_slots, all_but_one.host_experts) == (31, (8, 8, 8, 8))
+    every = decide(MOE, Budgets(GIB, (80 + 64) * MIB), depth=2)
+    assert (every.expert_slots, every.host_experts) == (32, (0, 0, 0, 0))
+    assert every.host_memory is not None
+    assert every.host_memory.total == 6 * MIB
+
+
+def test_cpu_has_experts_in_its_slots_and_nowhere_else() -> None:
+    assert decide(MOE, Budgets(GIB), depth=2).host_experts == ()
+
+
+def test_experts_in_host_memory_take_what_each_spans() -> None:
+    layer = ExpertSize(4, 1, piece(2 * MIB), spans=(2 * MIB, 1 * MIB, 1 * MIB, 2 * MIB))
+    found = decide(replace(EIGHT, experts=(layer, layer)), Budgets((80 + 7) * MIB, 0), depth=2)
+    assert found.host_experts == (3, 2)  # 2 + 2, 1 + 1, 1
+    assert found.host_memory is not None
+    assert found.host_memory.experts == (6 + 8) * MIB  # three buffers, and seven in whole huge pages
+    with pytest.raises(PlanError, match="of 4 experts each has a span, found 1 of them"):
+        ExpertSize(4, 1, piece(2 * MIB), spans=(2 * MIB,))
+
+
 def test_host_budget_that_holds_only_a_block_of_the_device_is_no_error() -> None:
     found = decide(layers(10, 10, 40, 40), Budgets(15 * MIB, 20 * MIB), depth=1)
     assert found.placement.counts() == {"device": 2, "host": 0, "disk": 2}
@@ -233,7 +290,41 @@ def test_default_of_pinned_memory_leaves_room_for_what_is_read_from_disk() -> No
     assert default_pinned_bytes(EIGHT, 0, depth=2, free_bytes=MIB) == 0
 
 
+@pytest.mark.parametrize(
+    ("free_mib", "held"), [(6, 0), (7, 0), (26, 10), (27, 10), (63, 28), (64, 32), (999, 32)]
+)
+def test_default_of_pinned_memory_holds_the_experts_for_which_there_is_room(free_mib: int, held: int) -> None:
+    budget = default_pinned_bytes(MOE, 80 * MIB, depth=2, free_bytes=free_mib * MIB)
+    check_room(MOE, Budgets(budget, 80 * MIB), depth=2, free_bytes=free_mib * MIB)
+    assert sum(decide(MOE, Budgets(budget, 80 * MIB), depth=2).host_experts) == held
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 900), st.integers(0, 400))
+def test_default_of_pinned_memory_fits_with_experts(
+    mib: list[int], experts: list[int], free_mib: int, device_mib: int
+) -> None:
+    sizes = replace(layers(*mib), experts=tuple(ExpertSize(8, 2, piece(n * MIB)) for n in experts))
+    device = device_mib * MIB if device_mib >= min(mib) else 0
+    free = free_mib * MIB
+    budget = default_pinned_bytes(sizes, device, depth=2, free_bytes=free)
+    found = decide(sizes, Budgets(budget, device), depth=2).host_memory
+    assert found is not None
+    if found.total > free:  # only if nothing does
+        assert budget == 0
+        with pytest.raises(PlanError, match="at least"):
+            check_room(sizes, Budgets(0, device), depth=2, free_bytes=free)
+
+
 # What does not fit.
+
+
+def test_experts_that_the_host_has_no_room_for_are_refused_with_a_budget_that_fits() -> None:
+    with pytest.raises(PlanError, match="ring of the disk 0, resident 0, experts 67108864; ") as error:
+        check_room(MOE, Budgets(64 * MIB, 80 * MIB), depth=2, free_bytes=40 * MIB)
+    fits = asked(str(error.value), "host_memory")
+    assert sum(decide(MOE, Budgets(fits, 80 * MIB), depth=2).host_experts) == 17
+    check_room(MOE, Budgets(fits, 80 * MIB), depth=2, free_bytes=40 * MIB)
 
 
 def test_device_too_small_says_what_is_needed_at_least_and_at_which_depth_or_context_it_would_do() -> None:

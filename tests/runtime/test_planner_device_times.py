@@ -75,7 +75,8 @@ def test_three_tiers_add_up_by_link_and_by_disk() -> None:
 def test_disk_reads_ahead_while_many_blocks_of_the_host_are_in_turn(depth: int) -> None:
     """A block of 25 ms comes from disk after nine of 5 ms from the host: it is read during these."""
     found = timing(0, 36, depth=depth)
-    assert (found.bound, found.exposed_s) == ("copy", pytest.approx(0.0, abs=1e-9))
+    assert found.bound == "copy"
+    assert found.exposed_s == pytest.approx(0.0, abs=1e-9)
     assert found.token_s == pytest.approx(40 * 100e6 / 20e9)
 
 
@@ -115,6 +116,45 @@ def test_missing_experts_are_read_and_copied_and_the_first_waits_for_both() -> N
     assert found.token_s == pytest.approx(in_a_row_s, rel=1e-6)
     alone = plan(sizes, Budgets(0, 400 * MB), GPU, depth=0).timing
     assert alone.token_s == pytest.approx(0.4e9 / 400e9 + 4 * 8 * (read_s + copy_s + product_s))
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_missing_experts_in_host_memory_are_only_copied(depth: int) -> None:
+    layer = ExpertSize(64, 8, piece(10 * MB))
+    sizes = ModelSizes(LAYERS.blocks[:4], experts=(layer,) * 4)
+    every = 4 * 64 * layer.expert.span_bytes
+    found = plan(sizes, Budgets(every, 400 * MB), GPU, depth=depth)
+    copy_s, product_s = 10e6 / 20e9, 10e6 / 400e9
+    assert (found.traffic.host, found.traffic.disk) == (4 * 8 * 10 * MB, 0)
+    assert found.timing.read_s == 0.0
+    assert found.timing.copy_s == pytest.approx(4 * 8 * copy_s)
+    products_s = product_s if depth else 8 * product_s  # all but the last one hide behind copies
+    assert found.timing.token_s == pytest.approx(0.4e9 / 400e9 + 4 * (8 * copy_s + products_s))
+
+
+def test_of_missing_experts_those_that_are_not_in_host_memory_are_read() -> None:
+    layer = ExpertSize(64, 8, piece(10 * MB))
+    sizes = ModelSizes(LAYERS.blocks[:4], experts=(layer,) * 4)
+    every = 4 * 64 * layer.expert.span_bytes
+    none, half, all_of_them = (
+        plan(sizes, Budgets(n, 400 * MB), GPU, depth=2) for n in (0, every // 2, every)
+    )
+    assert half.decision.host_experts == (32,) * 4
+    assert (half.traffic.host, half.traffic.disk) == (4 * 4 * 10 * MB, 4 * 4 * 10 * MB)
+    assert half.timing.read_s == pytest.approx(none.timing.read_s / 2)
+    assert half.timing.copy_s == pytest.approx(none.timing.copy_s)
+    mean_s = (none.timing.token_s + all_of_them.timing.token_s) / 2
+    assert half.timing.token_s == pytest.approx(mean_s)
+
+
+def test_experts_that_are_hit_on_the_device_are_not_copied_from_the_host() -> None:
+    layer = ExpertSize(64, 8, piece(10 * MB))
+    sizes = ModelSizes(LAYERS.blocks[:4], experts=(layer,) * 4)
+    span = layer.expert.span_bytes
+    found = plan(sizes, Budgets(4 * 64 * span, 400 * MB + 128 * span), GPU, depth=2).traffic
+    assert found.host == pytest.approx(4 * 8 * 10 * MB / 2, rel=1e-3)
+    assert found.device == pytest.approx(400 * MB + 4 * 8 * 10 * MB / 2, rel=1e-3)
+    assert found.disk == 0
 
 
 def test_a_cpu_copies_nothing_however_slow_a_link_is_named() -> None:
