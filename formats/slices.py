@@ -63,6 +63,11 @@ class RowSlice:
         """Bytes that have to be read."""
         return sum(part.nbytes for part in self.ranges)
 
+    @property
+    def is_view(self) -> bool:
+        """Whether what `assemble` returns shares the memory of its parts but for offsets."""
+        return not self._shifts
+
     def assemble(self, parts: Sequence[Tensor]) -> PackedTensor:
         """The run as a packed tensor.
 

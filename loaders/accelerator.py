@@ -8,6 +8,7 @@ for closing and for what follows an interrupt.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -159,6 +160,8 @@ class CudaAccelerator:
             # Not an inference tensor, whatever the caller is in: a thread that is not writes to it.
             with torch.inference_mode(mode=False):
                 memory = torch.empty(nbytes + _PAGE_BYTES, dtype=torch.uint8, device=self.device)
+            # It may be memory that queued work of this thread still uses, in whose stream alone it is free.
+            self._copies.wait_stream(torch.cuda.current_stream(self.device))
         except torch.cuda.OutOfMemoryError as error:
             raise PlanError(
                 f"{nbytes} bytes of memory of {self.device} are needed, {self.free_bytes()} are free: lower "
@@ -172,6 +175,9 @@ class CudaAccelerator:
         with torch.cuda.device(self.device):
             failed = int(runtime.cudaHostRegister(address, nbytes, _PORTABLE))
         if failed:
+            # The binding leaves CUDA's error where it is, and the next check of any kernel would report it.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self.device)
             raise PlanError(
                 f"{nbytes} bytes of host memory cannot be pinned (CUDA error {failed}): lower host_memory "
                 "or raise the limit of locked memory (ulimit -l)"
@@ -193,8 +199,7 @@ class CudaAccelerator:
             return Copied(began, _CudaEvent(self._copies))
 
     def mark(self) -> Event:
-        with torch.cuda.device(self.device):
-            return _CudaEvent(torch.cuda.current_stream())
+        return _CudaEvent(torch.cuda.current_stream(self.device))
 
     def follow(self, event: Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(_torch_event(event))

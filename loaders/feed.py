@@ -7,9 +7,11 @@ which is read ahead by as many units from disk as the plan says. A unit stays in
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Sequence
 
+from endor.errors import PlanError
 from endor.loaders.accelerator import Accelerator, Event
 from endor.loaders.flight import OnRead
 from endor.loaders.plan import LoadPlan, Unit, ring_bytes_of
@@ -59,6 +61,8 @@ class DiskFeed:
         self._numbers = {unit.ops: number for number, unit in enumerate(units)}
         self._copying: deque[tuple[Event, Lease]] = deque()
         self._next = 0
+        self._reads_ahead = depth > 0
+        self._process = os.getpid()
         pool = StagingPool(feed_bytes_of([unit.span_bytes for unit in units], depth), pin=accelerator.pin)
         # Units that are copied count as in use; with depth 0 each is read when it is asked for, though.
         plan = LoadPlan(tuple(units), _ahead(len(units), depth) if depth else 0)
@@ -77,7 +81,7 @@ class DiskFeed:
         """Start the copy of a unit to its slot, when its bytes are there."""
         lease = self._take(unit)
         try:
-            buffer.land(lease.tensor())
+            buffer.land(unit, lease.tensor())
         except BaseException:
             lease.release()
             raise
@@ -86,19 +90,29 @@ class DiskFeed:
         return lease.report
 
     def close(self) -> None:
-        """End reads and copies, free the memory. Idempotent."""
+        """End reads and copies, free the memory. Idempotent. In a forked process there is nothing to end."""
+        if os.getpid() != self._process:
+            return
         while self._copying:
             self._end_oldest()
         self._prefetcher.close()
 
     def _take(self, unit: Unit) -> Lease:
         number = self._numbers[unit.ops]
-        out_of_turn = number != self._next
+        in_turn = number == self._next and self._reads_ahead
         while self._copying and (
-            out_of_turn or len(self._copying) >= _COPYING or self._copying[0][0].is_done
+            not in_turn or len(self._copying) >= _COPYING or self._copying[0][0].is_done
         ):
             self._end_oldest()
         self._next = (number + 1) % len(self._numbers)
+        try:
+            return self._prefetcher.acquire(number)
+        except PlanError:
+            # When copies end decides where units lie, so those still copied can leave no hole long enough.
+            if not self._copying:
+                raise
+        while self._copying:
+            self._end_oldest()
         return self._prefetcher.acquire(number)
 
     def _end_oldest(self) -> None:

@@ -76,7 +76,7 @@ class HeldUnits:
 
     def bring(self, unit: Unit, buffer: Buffer) -> Moved:
         """Start the copy of a unit that is held to its slot."""
-        buffer.land(self._held[unit.ops])
+        buffer.land(unit, self._held[unit.ops])
         return Moved(bytes_memory=unit.total_bytes)
 
     def close(self) -> None:

@@ -22,6 +22,8 @@ __all__ = ["PAGE_BYTES", "LoadPlan", "ReadOp", "Unit", "first_fit", "ring_bytes_
 PAGE_BYTES: Final = 4096
 """Alignment of file offsets, memory addresses and lengths that every O_DIRECT file system accepts."""
 
+SLOT_ALIGNMENT_BYTES: Final = 256
+"""What any vector load of any device is content with."""
 _SIMULATED_CYCLES: Final = 64
 
 
@@ -84,6 +86,19 @@ class Unit:
         cursor = 0
         for op in self.ops:
             offsets.append(round_up(cursor, PAGE_BYTES) + op.offset_bytes % PAGE_BYTES)
+            cursor = offsets[-1] + op.length_bytes
+        return tuple(offsets)
+
+    @cached_property
+    def slot_offsets(self) -> tuple[int, ...]:
+        """Where each read's bytes start in a slot of a device, which they are copied to: aligned for kernels.
+
+        They take no more room than in a buffer that is read to.
+        """
+        offsets: list[int] = []
+        cursor = 0
+        for op in self.ops:
+            offsets.append(round_up(cursor, SLOT_ALIGNMENT_BYTES))
             cursor = offsets[-1] + op.length_bytes
         return tuple(offsets)
 

@@ -15,7 +15,7 @@ import torch
 
 from endor.errors import PlanError
 from endor.loaders.accelerator import Copied
-from endor.loaders.plan import PAGE_BYTES, ReadOp, first_fit, round_up
+from endor.loaders.plan import PAGE_BYTES, ReadOp, Unit, first_fit, round_up
 from endor.loaders.reader import Reader, Ticket
 
 __all__ = ["HUGE_PAGE_BYTES", "Buffer", "Pool"]
@@ -71,8 +71,12 @@ class Buffer(ABC):
         """What was read, in host memory."""
         return self.memory[:length_bytes]
 
-    def land(self, source: torch.Tensor) -> None:
-        """Start the copy of a unit from host memory to the beginning of the range."""
+    def offsets_of(self, unit: Unit) -> tuple[int, ...]:
+        """Where the bytes of each read of a unit begin in the range, when they have arrived."""
+        return unit.op_offsets
+
+    def land(self, unit: Unit, source: torch.Tensor) -> None:
+        """Start the copy of a unit, which lies at its `Unit.op_offsets` in host memory `source`."""
         raise NotImplementedError
 
     def arrive(self) -> None:

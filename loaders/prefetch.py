@@ -2,9 +2,10 @@
 used, which is staging memory or, for a device with memory of its own, a slot there.
 
 How it stays correct. The consumer's thread decides everything (which unit, which memory) under one lock; one
-background thread only submits reads, waits for them and runs the `on_read` hook. So a placement never depends
-on timing, and a signal can interrupt the consumer alone: what it leaves half done is thrown away by the next
-call, after a fence through the background thread has made sure that nothing is written any more.
+background thread only submits reads, waits for them and runs the `on_read` hook. So a placement depends on
+the order of the consumer's calls alone, and a signal can interrupt the consumer alone: what it leaves half
+done is thrown away by the next call, after a fence through the background thread has made sure that nothing
+is written any more.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ class Lease:
 
     def op_tensor(self, op_index: int) -> torch.Tensor:
         """A uint8 view of exactly the bytes of one read of the unit."""
-        return self.tensor(self.unit.op_offsets[op_index], self.unit.ops[op_index].length_bytes)
+        offset_bytes = self._flight.buffer.offsets_of(self.unit)[op_index]
+        return self.tensor(offset_bytes, self.unit.ops[op_index].length_bytes)
 
     def release(self) -> None:
         """Give the bytes up. Idempotent; the next unit's read may start into them at once."""

@@ -3,19 +3,21 @@
 Who owns what, and for how long. A slot is its unit's from `try_allocate` to `release`. The device may still
 read it then: the kernels of its block are queued. So a range remembers its last stays: which copy filled it,
 and an event behind the work that used it. The next copy to the range waits for that work, in the order of
-copies; no thread waits. A reader that writes to device memory knows no such order: for it a thread waits, but
-never the one that runs the model. What is copied from is its owner's to keep until the copy has ended. The
-arena outlives every copy and kernel, because closing waits for them: so no tensor needs `record_stream`.
+copies; no thread waits. A reader that writes to device memory knows no such order: for it a thread waits, the
+background thread for blocks, the one that runs the model for experts. What is copied from is its owner's to
+keep until the copy has ended. The arena outlives every copy and kernel, because closing waits for them: so no
+tensor needs `record_stream`.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
 from endor.loaders.accelerator import Accelerator, Copied, Event
-from endor.loaders.plan import ReadOp
+from endor.loaders.plan import ReadOp, Unit
 from endor.loaders.pool import Buffer, Pool
 from endor.loaders.reader import Reader, Ticket, device_reader
 
@@ -86,10 +88,15 @@ class SlotBuffer(Buffer):
     def read_bytes(self, length_bytes: int) -> memoryview:
         return self.tensor(0, length_bytes).cpu().numpy().data
 
-    def land(self, source: torch.Tensor) -> None:
-        pair = (self.tensor(0, source.numel()), source)
-        after = [stay.left for stay in self._before]
-        self.copied = self._pool.accelerator.copy([pair], after=after)
+    def offsets_of(self, unit: Unit) -> tuple[int, ...]:
+        return unit.slot_offsets if self._pool.into_slots is None else unit.op_offsets
+
+    def land(self, unit: Unit, source: torch.Tensor) -> None:
+        places = zip(unit.ops, self.offsets_of(unit), unit.op_offsets, strict=True)
+        pairs = [
+            (self.tensor(to, op.length_bytes), source.narrow(0, at, op.length_bytes)) for op, to, at in places
+        ]
+        self.copied = self._pool.accelerator.copy(pairs, after=[stay.left for stay in self._before])
 
     def arrive(self) -> None:
         if self.copied is not None:
@@ -126,6 +133,7 @@ class SlotPool(Pool[SlotBuffer]):
     ) -> None:
         super().__init__(capacity_bytes)
         self.accelerator = accelerator
+        self._process = os.getpid()
         self.into_slots = device_reader(reader) if reader is not None else None
         self._stays: list[_Stay] = []
         self._tensor = accelerator.empty(self.capacity_bytes)
@@ -137,15 +145,17 @@ class SlotPool(Pool[SlotBuffer]):
 
     def close(self) -> None:
         """Give the memory back, once the device has done what uses it. Idempotent."""
-        if self.closed:
+        if self.closed or os.getpid() != self._process:  # a forked process has no device
             return
         self.closed = True
-        self.settle()
-        self._lent.clear()
-        deregister, self._deregister = self._deregister, None
-        if deregister is not None:
-            deregister()
-        self._tensor = torch.empty(0, dtype=torch.uint8)
+        try:
+            self.settle()
+        finally:
+            self._lent.clear()
+            self._tensor = torch.empty(0, dtype=torch.uint8)
+            deregister, self._deregister = self._deregister, None
+            if deregister is not None:
+                deregister()
 
     def _make(self, offset_bytes: int, length_bytes: int) -> SlotBuffer:
         return SlotBuffer(self, offset_bytes, length_bytes)

@@ -115,6 +115,8 @@ def supports(x: Tensor, packed: PackedTensor) -> bool:
 def _product_for(x: Tensor, packed: PackedTensor) -> _Product | None:
     if type(x) not in _PLAIN_TENSORS or torch.compiler.is_compiling() or packed.layout.is_plain:
         return None
+    if x.numel() > MAX_ROWS * packed.layout.geometry.cols:  # a prompt: not worth a look at the sections
+        return None
     operand = operand_of(packed)
     product: _Product | None = operand.product
     if product is None:

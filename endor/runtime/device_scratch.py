@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -18,11 +21,12 @@ __all__ = ["DeviceScratch"]
 
 
 class DeviceScratch(ThreadScratch):
-    """Decodes whole weights into device memory that is reused, one buffer per thread.
+    """Decodes whole weights into device memory that is reused, one buffer for all threads, which take turns.
 
-    A thread's buffer is overwritten in the order of its work, so no kernel waits for a host. What is wrong
-    with the contents of a weight lands in a status on the device, one number per block. It is copied to the
-    host behind each forward (`watch`) and looked at when it is there (`check`).
+    It is overwritten in the order of the work in one stream, so no kernel waits for a host; forwards in
+    several streams wait for one another (`Runtime`), calls of single layers in several streams do not. What
+    is wrong with the contents of a weight lands in a status on the device, one number per block. It is copied
+    to the host behind each forward (`watch`) and looked at when it is there (`check`).
 
     Args:
         weights: layouts of all weights that will be decoded, with the dtype each is wanted in.
@@ -47,11 +51,12 @@ class DeviceScratch(ThreadScratch):
         self.matmul = matmul
         self._stats = stats
         self._accelerator = accelerator
-        self._reserved: list[torch.Tensor] = []
+        self._buffers: Any = SimpleNamespace()  # in place of one for each thread
+        self._checking = threading.RLock()
         self._names = [*dict.fromkeys(blocks), "a weight"]
         self._all: torch.Tensor | None = None
         self._each: list[torch.Tensor] = []
-        self._seen = torch.empty(0, dtype=torch.int64)
+        self._seen = torch.empty(0, 2, dtype=torch.int64)
         self._seen_at: Event | None = None
         self._current = len(self._names) - 1
         for use, nbytes in most_decoded(weights, matmul="decode").items():
@@ -68,7 +73,7 @@ class DeviceScratch(ThreadScratch):
 
     @property
     def nbytes(self) -> int:
-        return sum(memory.numel() for memory in self._reserved)
+        return sum(memory.numel() for memory in vars(self._buffers).values())
 
     def enter(self, block: str) -> None:
         """What is decoded and multiplied from now on belongs to `block`."""
@@ -84,21 +89,28 @@ class DeviceScratch(ThreadScratch):
         """Raise FormatError if a weight was found to be damaged.
 
         Args:
-            wait: for the device to come to what was watched last; otherwise only what is known is looked at.
+            wait: for the device to have done what this thread gave it; otherwise only what is known is looked
+                at.
         """
-        if self._seen_at is None or self._all is None:
-            return
-        if wait:
-            self._seen_at.wait()
-        elif not self._seen_at.is_done:
-            return
-        self._seen_at = None
+        with self._checking:  # statistics may be asked for in another thread
+            if wait:
+                self.watch()
+            if self._seen_at is None or self._all is None:
+                return
+            if wait:
+                self._seen_at.wait()
+            elif not self._seen_at.is_done:
+                return
+            self._seen_at = None
+            self._raise(self._all)
+
+    def _raise(self, status: torch.Tensor) -> None:
         from endor.kernels import triton_launch
 
         try:
-            triton_launch.raise_for(self._seen, self._names)
+            triton_launch.raise_for(self._seen[:, 0], self._names)
         except BaseException:
-            self._all.copy_(triton_launch.new_status(self._all.device, len(self._names)))
+            status.copy_(self._nothing_wrong())
             raise
 
     def decode(self, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -121,18 +133,23 @@ class DeviceScratch(ThreadScratch):
     def close(self) -> None:
         """Give the memory back; the device has to be done with it."""
         vars(self._buffers).clear()
-        self._reserved.clear()
         self._all, self._seen_at = None, None
         self._each.clear()
 
     def _start_status(self) -> None:
+        device = self._accelerator.device
+        self._all = self._nothing_wrong()
+        self._each = [entry[:1] for entry in self._all]
+        self._numbers = {name: number for number, name in enumerate(self._names)}
+        self._seen = torch.empty(self._all.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    def _nothing_wrong(self) -> torch.Tensor:
+        """int64 [blocks, 2], of which only the first column is used: every entry then lies on 16 bytes, for
+        which kernels are compiled and remembered."""
         from endor.kernels import triton_launch
 
-        device = self._accelerator.device
-        self._all = triton_launch.new_status(device, len(self._names))
-        self._each = list(self._all.split(1))
-        self._numbers = {name: number for number, name in enumerate(self._names)}
-        self._seen = torch.empty(len(self._names), dtype=torch.int64, pin_memory=device.type == "cuda")
+        count = 2 * len(self._names)
+        return triton_launch.new_status(self._accelerator.device, count).view(-1, 2)
 
     def _launch(self, packed: PackedTensor, out: torch.Tensor) -> bool:
         """Start decoding by a kernel that reports to the status; False where there is none for this."""
@@ -147,6 +164,4 @@ class DeviceScratch(ThreadScratch):
         return True
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
-        memory = self._accelerator.empty(nbytes)
-        self._reserved.append(memory)
-        return memory
+        return self._accelerator.empty(nbytes)

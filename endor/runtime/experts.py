@@ -175,7 +175,7 @@ class ExpertCache:
         else:
             self._stats.disk_bytes += unit.total_bytes
         slot.tickets = []
-        places = zip(unit.op_offsets, unit.ops, strict=True)
+        places = zip(slot.buffer.offsets_of(unit), unit.ops, strict=True)
         slot.weights = slot.expert.unpack([slot.buffer.tensor(at, op.length_bytes) for at, op in places])
         return slot.weights
 
@@ -185,7 +185,7 @@ class ExpertCache:
         if slot.staging is None:
             slot.buffer.arrive()
             return
-        slot.buffer.land(slot.staging.tensor(0, unit.span_bytes))
+        slot.buffer.land(unit, slot.staging.tensor(0, unit.span_bytes))
         slot.buffer.arrive()
         assert slot.buffer.copied is not None
         self._copying.append((slot.buffer.copied.ended, slot.staging))
@@ -222,7 +222,7 @@ class ExpertCache:
             if held is None:
                 self._read(slot, slot.expert.unit)
             else:
-                slot.buffer.land(held)
+                slot.buffer.land(slot.expert.unit, held)
         except BaseException:
             self._abandon(key)
             raise

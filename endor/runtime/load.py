@@ -106,9 +106,14 @@ def load(
     accelerator = _accelerator(device)
     if accelerator is None and device_memory:
         raise PlanError("device_memory is for a device with its own memory; on the CPU give host_memory")
-    model, plan, file = _prepare(directory, options, accelerator)
-    choice = choose_reader(reader, device_memory=_takes_gds(accelerator), file=file)
-    _start(model, plan, options, choice, accelerator=accelerator, trace=trace)
+    try:
+        model, plan, file = _prepare(directory, options, accelerator)
+        choice = choose_reader(reader, device_memory=_takes_gds(accelerator), file=file)
+        _start(model, plan, options, choice, accelerator=accelerator, trace=trace)
+    except torch.OutOfMemoryError as error:
+        raise PlanError(
+            f"the device's memory is not enough ({error}); lower device_memory, context_length or depth"
+        ) from error
     return model
 
 
@@ -155,6 +160,8 @@ def _prepare(
         _check_room(checkpoint)
         installed = install_weights(model, checkpoint, device=where)
         check_complete(model, Path(directory))
+        if accelerator is not None:
+            _check_dense(model, accelerator)
         move_dense(model, where)
         own_memory = accelerator is not None
         parts = find_parts(model, installed, checkpoint, matmul=options.matmul, own_memory=own_memory)
@@ -199,10 +206,7 @@ def _start(
     accelerator: Accelerator | None,
     trace: Trace | None,
 ) -> None:
-    """Start the runtime, which the model then owns; if that fails nothing is left open.
-
-    Raises PlanError where the device's memory is not enough.
-    """
+    """Start the runtime, which the model then owns; if that fails nothing is left open."""
     reader = choice.reader if trace is None else TracedReader(choice.reader, trace)
     parts: list[Any] = [reader]
     try:
@@ -229,12 +233,8 @@ def _start(
             dense_bytes=dense_bytes(model),
             accelerator=accelerator,
         )
-    except BaseException as error:
+    except BaseException:
         close_parts(parts)
-        if isinstance(error, torch.OutOfMemoryError):
-            raise PlanError(
-                f"the device's memory is not enough ({error}); lower device_memory, context_length or depth"
-            ) from error
         raise
 
 
@@ -288,6 +288,16 @@ def _checked_dtype(dtype: object) -> torch.dtype | None:
         raise PlanError(f"dtype must be one of {', '.join(_DTYPES)}, found {dtype!r}")
     assert dtype is None or isinstance(dtype, torch.dtype)
     return dtype
+
+
+def _check_dense(model: nn.Module, accelerator: Accelerator) -> None:
+    """Refuse a device that has no room even for what is dense in any case, before anything is moved there."""
+    needed, free = dense_bytes(model), accelerator.free_bytes()
+    if needed > free:
+        raise PlanError(
+            f"{needed} bytes of parameters are not packed and have to be in the memory of "
+            f"{accelerator.device}, {free} are free; use device cpu"
+        )
 
 
 def _check_room(checkpoint: CheckpointReader) -> None:

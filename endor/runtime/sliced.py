@@ -19,6 +19,7 @@ from endor.kernels.tensor import BitmapTensor
 
 __all__ = ["SliceSource", "SlicedWeight", "as_matrix"]
 
+_AS_MATRIX = "_as_matrix"
 _GET_ITEM = torch.Tensor.__getitem__
 _BY_PARTS = frozenset({F.embedding, F.linear, _GET_ITEM})
 
@@ -187,7 +188,16 @@ def _matrix(weight: SlicedWeight, index: int) -> torch.Tensor:
 
 
 def as_matrix(packed: PackedTensor) -> PackedTensor | None:
-    """The one matrix of a stack as a matrix; None where its rows would form other row blocks."""
+    """The one matrix of a stack as a matrix, the same object each time, since kernels remember what they
+    found out about it; None where its rows would form other row blocks."""
+    kept: dict[str, Any] = vars(packed)
+    if _AS_MATRIX not in kept:
+        kept[_AS_MATRIX] = _as_matrix(packed)
+    matrix: PackedTensor | None = kept[_AS_MATRIX]
+    return matrix
+
+
+def _as_matrix(packed: PackedTensor) -> PackedTensor | None:
     layout = packed.layout
     rows, cols = layout.shape[1:]
     matrix = TensorLayout((rows, cols), layout.dtype, layout.mask, layout.codec, layout.nnz, layout.params)

@@ -137,6 +137,7 @@ class TiledSource(SliceSource):
         self._tiles = tiles
         self._lease = lease
         self._stats = stats
+        self._assembled: dict[tuple[int, int], PackedTensor] = {}
         self.has_rows = rows.index.layout.is_plain
         self.has_tiles = bool(tiles)
 
@@ -165,7 +166,17 @@ class TiledSource(SliceSource):
     def tiles(self) -> Iterator[tuple[int, PackedTensor]]:
         for i, tile in enumerate(self._tiles):
             with self._lease(i) as parts:
-                yield tile.first_row, tile.assemble(parts)
+                yield tile.first_row, self._assemble(i, tile, parts)
+
+    def _assemble(self, number: int, tile: RowSlice, parts: Sequence[torch.Tensor]) -> PackedTensor:
+        """The same object for the same place, of which a ring has few: what kernels find out about a tensor
+        they find out once."""
+        if not tile.is_view:
+            return tile.assemble(parts)
+        key = (number, parts[0].data_ptr())
+        if key not in self._assembled:
+            self._assembled[key] = tile.assemble(parts)
+        return self._assembled[key]
 
     def whole(self) -> PackedTensor:
         return self._rows.read_whole(self._reader, self._stats)

@@ -87,7 +87,8 @@ class StatsRecorder:
         self.device_bytes = 0
         self.peak_anonymous_bytes = 0
         self.per_forward: deque[RunStats] = deque(maxlen=KEPT_FORWARDS)
-        self._device = DeviceTimes(accelerator, self.note) if accelerator is not None else None
+        note = self.note if trace is not None else None
+        self._device = DeviceTimes(accelerator, note) if accelerator is not None else None
         self._began_s = 0.0
         self._began: Event | None = None
         self._before = RunStats()
@@ -119,22 +120,25 @@ class StatsRecorder:
             self._before = self.snapshot()
             self._began_s = perf_counter()
             return
-        self._device.settle(wait=False)
         self._before = self._totals()
         self._began = self._device.mark()
 
     def end_forward(self) -> None:
-        self.forwards += 1
-        name = f"forward {self.forwards}"
+        """Count a forward that has begun; with one that was refused before that there is nothing to do."""
+        name = f"forward {self.forwards + 1}"
         if self._device is None:
+            self.forwards += 1
             ended = perf_counter()
             self.wall_s += ended - self._began_s
             self.note("forward", name, self._began_s, ended)
             self.per_forward.append(self._totals() - self._before)
         elif self._began is not None:
+            self.forwards += 1
             counted = self._totals() - self._before
             end = partial(self._close_forward, counted)
-            self._device.add("forward", name, self._began, self._device.mark(), then=end)
+            began, self._began = self._began, None
+            self._device.add("forward", name, began, self._device.mark(), then=end)
+            self._device.settle(wait=False)  # while the device is busy, not before it gets more to do
         self.sample_memory()
 
     def sample_memory(self) -> None:

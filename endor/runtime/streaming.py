@@ -29,7 +29,7 @@ from endor.runtime.scratch import DecodeScratch
 from endor.runtime.sliced import SlicedWeight
 from endor.runtime.slices import ExpertSource, ExpertStacks, Table, TiledSource
 from endor.runtime.stats import RunStats, StatsRecorder
-from endor.runtime.tiers import Tiers, close_parts
+from endor.runtime.tiers import Tiers, close_anywhere
 from endor.runtime.turns import ThreadTurn
 
 __all__ = ["Runtime", "WeightBlock"]
@@ -112,7 +112,9 @@ class Runtime:
             stats=stats,
         )
         self._give_sources()
-        self._finalizer = weakref.finalize(model, close_parts, [self._tiers, reader, scratch])
+        if accelerator is not None:
+            self._last_forward = accelerator.mark()  # of loading, which the first one has to wait for as well
+        self._finalizer = weakref.finalize(model, close_anywhere, [self._tiers, reader, scratch])
         self._model = weakref.ref(model)
         self._hook(model)
         vars(model).update(endor_runtime=self, endor_stats=self.stats, save_pretrained=refuse_to_save)
@@ -271,8 +273,8 @@ class Runtime:
                 self._after(block.module, RuntimeHook(self, Runtime._release, block))
             elif not block.table:
                 self._before(block.module, RuntimeHook(self, Runtime._use_resident, block))
-                if self._stats.trace is not None:
-                    self._after(block.module, RuntimeHook(self, Runtime._note_block, block))
+                if self._stats.trace is not None or self._accelerator is not None:
+                    self._after(block.module, RuntimeHook(self, Runtime._leave_resident, block))
         for layer, stacks in enumerate(self._experts):
             hook = ExpertsHook(self, layer)
             self._handles.append(
@@ -344,8 +346,14 @@ class Runtime:
         if self._accelerator is None:
             self._stats.host_bytes += block.nbytes
         else:
+            self._turn.enter()  # threads that call layers by themselves share the scratch
             self._stats.device_bytes += block.nbytes
         self._enter_block(block.name)
+
+    def _leave_resident(self, block: WeightBlock) -> None:
+        self._note_block(block)
+        if self._accelerator is not None:
+            self._turn.leave()
 
     def _release(self, block: WeightBlock) -> None:
         for held in [pair for pair in self._leases if pair[0] is block]:

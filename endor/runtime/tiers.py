@@ -7,12 +7,13 @@ read first; so have experts, whose slots keep those that were used last. Everyth
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from endor.errors import EndorError
 from endor.loaders import (
     Accelerator,
     DiskFeed,
@@ -35,7 +36,7 @@ from endor.runtime.placement import Placement
 from endor.runtime.slices import ExpertStacks, Table, parts_of
 from endor.runtime.stats import StatsRecorder
 
-__all__ = ["Tiers", "close_parts"]
+__all__ = ["Tiers", "close_anywhere", "close_parts"]
 
 
 class Tiers:
@@ -77,6 +78,7 @@ class Tiers:
         host_experts: Sequence[int] = (),
         stats: StatsRecorder,
     ) -> None:
+        self._process = os.getpid()
         self._reader = reader
         self._stats = stats
         self._accelerator = accelerator
@@ -135,7 +137,9 @@ class Tiers:
         return self.held is not None and self.held.find(unit) is not None
 
     def close(self) -> None:
-        """End threads and free memory. Idempotent."""
+        """End threads and free memory. Idempotent. In a forked process there is nothing to end."""
+        if os.getpid() != self._process:
+            return
         # Slots first: closing them waits for the device, which may still copy from host memory.
         slots = (self.prefetcher, self.experts, self._expert_pool, self.resident)
         parts = (*slots, self._feed, self._staging, self.held, self._held_experts)
@@ -329,13 +333,25 @@ def _joined(units: Sequence[Unit]) -> Unit:
     return Unit(f"{units[0].name} and {len(units) - 1} more", tuple(op for unit in units for op in unit.ops))
 
 
+def close_anywhere(parts: Sequence[Any]) -> None:
+    """`close_parts`, for a finalizer, which the collector runs in whatever thread it is needed in.
+
+    In one of ours it would wait for that thread, or for a lock that the thread holds.
+    """
+    if threading.current_thread().name.startswith("endor-"):
+        threading.Thread(target=close_parts, args=(parts,), name="closing").start()
+    else:
+        close_parts(parts)
+
+
 def close_parts(parts: Sequence[Any]) -> None:
-    """Close what holds threads, files and memory, all of it even when one fails."""
-    errors: list[EndorError] = []
+    """Close what holds threads, files and memory, all of it even when one fails; then raise the first
+    error."""
+    errors: list[Exception] = []
     for part in parts:
         try:
             part.close()
-        except EndorError as error:
+        except Exception as error:  # noqa: BLE001 - a device that failed fails again, and the rest must go
             errors.append(error)
     if errors:
         raise errors[0]

@@ -98,7 +98,7 @@ def break_bitmap(directory: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("matmul", ["auto", "decode"])
-@pytest.mark.parametrize("found_by", ["the next forward", "stats", "close"])
+@pytest.mark.parametrize("found_by", ["the next forward", "stats", "close", "stats of layers alone"])
 def test_damage_that_no_checksum_shows_is_noticed_and_names_the_block(
     tmp_path: Path, matmul: str, found_by: str
 ) -> None:
@@ -108,14 +108,25 @@ def test_damage_that_no_checksum_shows_is_noticed_and_names_the_block(
         directory, device=accelerator(), device_memory=0, host_memory=0, verify="never", matmul=matmul
     )
     runtime = runtime_of(model)
-    logits(model)
-    ways = {"the next forward": lambda: logits(model), "stats": runtime.stats, "close": runtime.close}
+    if found_by.endswith("alone"):
+        with torch.inference_mode():
+            model.model(IDS.to(model.device))
+    else:
+        logits(model)
+    ways = {
+        "the next forward": lambda: logits(model),
+        "stats": runtime.stats,
+        "stats of layers alone": runtime.stats,
+        "close": runtime.close,
+    }
     if found_by == "the next forward" and not is_interpreted():
         torch.cuda.synchronize()
     elif found_by == "the next forward":
         runtime._accelerator.settle()  # type: ignore[union-attr]
     with pytest.raises(FormatError, match=r"model\.layers\.1: row block \d+"):
         ways[found_by]()
+    if found_by == "the next forward":
+        assert runtime.stats().forwards == 1, "one that was refused is none"
     runtime.close()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 from endor.errors import LoadError, PlanError
 from endor.loaders import (
@@ -127,6 +128,46 @@ def test_every_unit_arrives_whole_pass_after_pass(
     assert stats.bytes_read == 4 * sum(SIZES)
 
 
+@settings(max_examples=30)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    depth=st.integers(0, 3),
+    late=st.booleans(),
+    order=st.lists(st.integers(0, 5), max_size=8),
+)
+def test_a_feed_has_room_for_units_of_any_sizes_in_any_order(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], depth: int, late: bool, order: list[int]
+) -> None:
+    file = tmp_path_factory.mktemp("feed") / "units"
+    file.write_bytes(b"".join(bytes([n + 1]) * (4096 * size) for n, size in enumerate(sizes)))
+    starts = [4096 * sum(sizes[:n]) for n in range(len(sizes))]
+    units = tuple(
+        Unit(f"unit {n}", (ReadOp(file, start, 4096 * size),))
+        for n, (start, size) in enumerate(zip(starts, sizes, strict=True))
+    )
+    numbers = [*range(len(sizes)), *range(len(sizes)), *(n % len(sizes) for n in order), *range(len(sizes))]
+    with streaming(units, CheckedAccelerator(late=late), depth=depth) as prefetcher:
+        for number in numbers:
+            with prefetcher.acquire(number) as lease:
+                assert bool((lease.op_tensor(0) == number + 1).all())
+
+
+def test_parts_of_a_unit_are_aligned_in_a_slot_wherever_they_are_in_the_file(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 64)
+    ranges = [(3, 1000), (2001, 7), (4097, 5000), (10_000, 1)]
+    unit = Unit("parts", tuple(ReadOp(tmp_path / "file", start, length) for start, length in ranges))
+    with (
+        streaming((unit,), accelerator) as prefetcher,
+        prefetcher.acquire(0) as lease,
+    ):
+        for number, (start, length) in enumerate(ranges):
+            found = lease.op_tensor(number)
+            assert found.data_ptr() % 256 == 0
+            assert found.cpu().tolist() == [(start + i) % 256 for i in range(length)]
+
+
 def test_units_may_be_asked_for_in_any_order(accelerator: Accelerator, units: tuple[Unit, ...]) -> None:
     with streaming(units, accelerator, depth=2) as prefetcher:
         for number in (0, 3, 1, 1, 4, 0, 2, 4, 3, 2, 0, 0, 1):
@@ -157,9 +198,9 @@ def test_the_checking_accelerator_sees_a_wait_that_is_left_out(
     if left_out == "the work before":
         land = SlotBuffer.land
 
-        def land_at_once(slot: SlotBuffer, source: torch.Tensor) -> None:
+        def land_at_once(slot: SlotBuffer, unit: Unit, source: torch.Tensor) -> None:
             slot._before = ()
-            land(slot, source)
+            land(slot, unit, source)
 
         monkeypatch.setattr(SlotBuffer, "land", land_at_once)
     else:
@@ -220,6 +261,26 @@ def test_a_device_that_fails_is_an_error_of_the_unit_and_no_hang(
             use(prefetcher, 1, 2, 3, 4, 0)
 
 
+def test_a_device_that_fails_when_it_is_closed_leaves_no_thread_and_no_memory(
+    units: tuple[Unit, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator = CheckedAccelerator()
+    threads = set(threading.enumerate())
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    def run() -> None:
+        with streaming(units, accelerator) as prefetcher:
+            assert has_its_bytes(prefetcher, 0)
+            monkeypatch.setattr(accelerator, "settle", fail)
+
+    with pytest.raises(RuntimeError, match="launch failure"):
+        run()
+    assert set(threading.enumerate()) == threads
+    assert accelerator.pinned == 0
+
+
 def test_closing_waits_for_the_device_before_memory_goes(units: tuple[Unit, ...]) -> None:
     accelerator = CheckedAccelerator(late=True)
     with streaming(units, accelerator) as prefetcher:
@@ -265,7 +326,7 @@ def test_a_slot_that_is_used_again_waits_for_its_last_use(accelerator: Accelerat
     ):
         for value in (1, 2, 3):
             source = host.allocate(8192).tensor().fill_(value)
-            slot.land(source)
+            slot.land(Unit("unit", (ReadOp(Path("file"), 0, 8192),)), source)
             slot.arrive()
             assert bool((slot.tensor() == value).all())
             slot.reuse()

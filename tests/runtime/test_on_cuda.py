@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import endor
+from endor.errors import PlanError
 from endor.loaders import CudaAccelerator, probe_kvikio
 from endor.runtime import runtime_of
 from tests.support.models import tiny_llama, write_endor_checkpoint
@@ -101,7 +102,14 @@ def test_a_model_called_in_another_stream_is_right(checkpoint: Path) -> None:
 SANITIZED = """
 import sys, torch, endor
 from pathlib import Path
+from torch.cuda import _sanitizer
+from endor.loaders import flight
 from endor.runtime import runtime_of
+work = flight._work
+def watched(*arguments):
+    with _sanitizer.cuda_sanitizer.dispatch:  # it watches the thread that it is entered in
+        work(*arguments)
+flight._work = watched
 tiers = {"device_memory": 45_000, "host_memory": 90_000}
 model = endor.load(Path(sys.argv[1]), device="cuda", matmul="decode", **tiers)
 with torch.inference_mode():
@@ -112,7 +120,8 @@ print("done")
 
 
 def test_torchs_race_detector_finds_nothing(checkpoint: Path, repository: Path) -> None:
-    """It knows operations of torch, not Triton's: copies to slots, and what torch reads of them."""
+    """It knows operations of torch, not Triton's: copies to slots, in the threads that start them, and what
+    torch reads of them."""
     done = subprocess.run(
         [sys.executable, "-c", SANITIZED, str(checkpoint)],
         env={**os.environ, "TORCH_CUDA_SANITIZER": "1", "PYTHONPATH": str(repository)},
@@ -191,6 +200,19 @@ def test_the_link_is_measured_in_the_same_order_as_a_plain_copy() -> None:
 
 def test_a_device_that_is_nearly_full_is_planned_for(checkpoint: Path) -> None:
     accelerator = CudaAccelerator(torch.device("cuda"))
+    leave = 400 << 20  # the margin is 256 MiB
+    filler = torch.empty(accelerator.free_bytes() - leave, dtype=torch.uint8, device="cuda")
     model = endor.load(checkpoint, device=accelerator, context_length=64)
-    assert runtime_of(model).placement.counts()["device"] == 6
+    generate(model)
     runtime_of(model).close()
+    more = torch.empty(accelerator.free_bytes() - (200 << 20), dtype=torch.uint8, device="cuda")
+    with pytest.raises(PlanError, match="device memory are needed"):
+        endor.load(checkpoint, device=accelerator, context_length=64)
+    del filler, more
+
+
+def test_memory_that_cannot_be_pinned_leaves_no_error_behind() -> None:
+    accelerator = CudaAccelerator(torch.device("cuda"))
+    with pytest.raises(PlanError, match="cannot be pinned"):
+        accelerator.pin(torch.empty(1, dtype=torch.uint8).as_strided((1 << 50,), (0,)))
+    assert torch.ones(3, device="cuda").sum().item() == 3

@@ -22,6 +22,7 @@ from endor.loaders import Accelerator, BlockingAccelerator, CudaAccelerator
 from endor.runtime import Trace, runtime_of
 from endor.runtime.planner import Budgets, decide
 from endor.runtime.survey import survey
+from endor.runtime.tiers import close_anywhere, close_parts
 from tests.runtime.test_sliced_weights import converted, mixtral, qwen3_moe
 from tests.support.accelerators import CheckedAccelerator, watch_slots
 from tests.support.models import dense_reference, tiny_llama, write_endor_checkpoint
@@ -233,6 +234,31 @@ def test_nothing_waits_for_the_whole_device_while_tokens_are_made(checkpoint: Pa
     runtime_of(model).close()
 
 
+@pytest.mark.parametrize("matmul", ["auto", "decode"])
+@pytest.mark.parametrize("tiers", ["host", "device", "device and host"])
+def test_the_thread_of_the_model_waits_for_no_event(checkpoint: Path, tiers: str, matmul: str) -> None:
+    accelerator = CheckedAccelerator(late=True)
+    model = load(checkpoint, accelerator, tiers, matmul=matmul)
+    logits(model)
+    me = threading.get_ident()
+    before = accelerator.waits[me]
+    logits(model)
+    logits(model, IDS[:, :1])
+    assert accelerator.waits[me] == before
+    runtime_of(model).close()
+
+
+def test_the_layers_alone_fill_no_memory_with_times(checkpoint: Path) -> None:
+    model = load(checkpoint, CheckedAccelerator(late=False), "disk")
+    times = runtime_of(model)._stats._device
+    assert times is not None
+    with torch.inference_mode():
+        for _ in range(150):
+            model.model(IDS)
+    assert len(times._open) < 4096 + 100
+    runtime_of(model).close()
+
+
 def test_closing_gives_everything_back(checkpoint: Path, accelerator: Accelerator) -> None:
     threads = set(threading.enumerate())
     model = load(checkpoint, accelerator, "all three")
@@ -241,6 +267,38 @@ def test_closing_gives_everything_back(checkpoint: Path, accelerator: Accelerato
     assert set(threading.enumerate()) == threads
     assert not any(name.startswith("endor") for name in vars(model))
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_the_collector_closes_in_a_thread_of_ours_waits_for_no_other(checkpoint: Path) -> None:
+    closed = threading.Event()
+
+    class Part:
+        def close(self) -> None:
+            assert threading.current_thread().name == "closing"
+            closed.set()
+
+    thread = threading.Thread(target=close_anywhere, args=([Part()],), name="endor-prefetch")
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert closed.wait(10)
+
+
+def test_all_parts_are_closed_even_if_one_fails() -> None:
+    closed: list[int] = []
+
+    class Part:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def close(self) -> None:
+            closed.append(self.number)
+            if self.number < 2:
+                raise RuntimeError(f"part {self.number}")
+
+    with pytest.raises(RuntimeError, match="part 0"):
+        close_parts([Part(number) for number in range(3)])
+    assert closed == [0, 1, 2]
 
 
 def test_a_model_that_is_dropped_closes_itself(checkpoint: Path) -> None:
@@ -325,6 +383,7 @@ def test_ctrl_c_in_a_forward_leaves_a_model_that_works(checkpoint: Path, acceler
 def test_threads_take_turns(checkpoint: Path, accelerator: Accelerator) -> None:
     model = load(checkpoint, accelerator, "device and disk")
     expected = logits(model)
+    scratch_bytes = runtime_of(model).scratch_bytes
     found: list[torch.Tensor] = []
     threads = [threading.Thread(target=lambda: found.append(logits(model))) for _ in range(3)]
     for thread in threads:
@@ -333,6 +392,7 @@ def test_threads_take_turns(checkpoint: Path, accelerator: Accelerator) -> None:
         thread.join()
     assert len(found) == 3
     assert all(torch.equal(one, expected) for one in found)
+    assert runtime_of(model).scratch_bytes == scratch_bytes
     runtime_of(model).close()
 
 
@@ -371,6 +431,13 @@ def test_a_budget_beyond_the_device_is_refused_with_one_that_fits(checkpoint: Pa
     with pytest.raises(PlanError, match="are free: ring") as refused:
         load(checkpoint, accelerator, device_memory=1 << 30)
     assert "would fit" in str(refused.value) or "at least" in str(refused.value)
+
+
+def test_parameters_that_are_not_packed_and_do_not_fit_are_refused_before_they_are_moved(
+    checkpoint: Path,
+) -> None:
+    with pytest.raises(PlanError, match="bytes of parameters are not packed"):
+        load(checkpoint, CheckedAccelerator(total_bytes=100))
 
 
 def test_device_memory_on_the_cpu_is_refused(checkpoint: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,6 +69,7 @@ class CheckedEvent:
 
     def wait(self) -> None:
         with self.owner.lock:
+            self.owner.waits[threading.get_ident()] += 1
             self.owner.make_copies(self.copies)
             self.owner.learn(self.clock)
 
@@ -100,6 +101,8 @@ class CheckedAccelerator:
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
+        self.waits: Counter[int] = Counter()
+        """How often each thread waited for an event."""
         self._clocks: dict[str, Clock] = {}
         self._queue: deque[Callable[[], object]] = deque()
         self._queued = 0
@@ -259,7 +262,10 @@ class CheckedAccelerator:
 def watch_slots(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tell the accelerator of each slot what readers and the model's work do with it."""
     watch = _Watch()
-    for kind, names in ((SlotBuffer, ("arrive", "release", "reuse", "submit")), (StagingBuffer, ("submit",))):
+    for kind, names in (
+        (SlotBuffer, ("__init__", "arrive", "release", "reuse", "submit")),
+        (StagingBuffer, ("submit",)),
+    ):
         for name in names:
             monkeypatch.setattr(kind, name, watch.around(kind, name))
     yield
@@ -272,7 +278,7 @@ class _Watch:
     def around(self, kind: type[Buffer], name: str) -> Callable[..., Any]:
         """The method `name`, and what is to be noted of it."""
         method = getattr(kind, name)
-        note = getattr(self, f"_{name}")
+        note = getattr(self, "_make" if name == "__init__" else f"_{name}")
         first = name != "arrive"
 
         def watched(buffer: Any, *arguments: Any) -> Any:
@@ -284,6 +290,9 @@ class _Watch:
             return result
 
         return watched
+
+    def _make(self, slot: SlotBuffer, *_: object) -> None:
+        self._begun.pop(id(slot), None)  # of one that is no more
 
     def _arrive(self, slot: SlotBuffer) -> None:
         accelerator = slot._pool.accelerator
