@@ -64,7 +64,7 @@ from bench_gpu_report import as_json, compare_logits, figures, show
 from bench_gpu_stream import LLAMA_13B, bench_accelerate, bench_endor, gate_model, without_interpreter
 
 from bench_common import environment, environment_line, write_json
-from endor.kernels.triton_backend import is_interpreted
+from endor.kernels.triton_mode import is_interpreted
 from endor.loaders import available_bytes
 
 GROUPS = ("bounds", "stream", "decode", "matmul", "ring", "disk")

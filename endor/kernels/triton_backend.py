@@ -7,7 +7,6 @@ the tests use that. It is slow, so it never is a default.
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import torch
 from torch import Tensor
@@ -15,8 +14,9 @@ from torch import Tensor
 from endor.formats.packed import PackedTensor
 from endor.kernels.backend import Backend
 from endor.kernels.reference import ReferenceBackend
+from endor.kernels.triton_mode import is_interpreted
 
-__all__ = ["TritonBackend", "is_interpreted", "triton_backends"]
+__all__ = ["TritonBackend", "triton_backends"]
 
 _CODECS = ("raw", "exponent", "int8", "int4")
 _REFERENCE = ReferenceBackend()
@@ -49,11 +49,6 @@ class TritonBackend(Backend):
         status = triton_launch.new_status(out.device)
         triton_launch.launch_decode(packed, start_block, stop_block, out, status)
         triton_launch.raise_for(status)
-
-
-def is_interpreted() -> bool:
-    """Whether Triton's interpreter was asked for; Triton reads the same variable when it is imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def triton_backends() -> tuple[TritonBackend, ...]:

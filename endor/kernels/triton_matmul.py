@@ -21,10 +21,10 @@ from torch import Tensor
 
 from endor.errors import KernelError
 from endor.formats.packed import PackedTensor
-from endor.kernels.triton_backend import is_interpreted
 from endor.kernels.triton_kernels.matmul import matmul_kernel
 from endor.kernels.triton_launch import launch_decode, launch_is_impossible, new_status, on_device, raise_for
 from endor.kernels.triton_launcher import Launcher
+from endor.kernels.triton_mode import is_interpreted
 from endor.kernels.triton_operand import OPTIONS, Operand, operand_of
 from endor.kernels.triton_tuning import (
     DECODE_FIRST,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from endor.formats.codecs.exponent import LOW_BITS, levels_of
 from endor.formats.packed import PackedTensor, TensorLayout
-from endor.kernels.triton_backend import is_interpreted
 from endor.kernels.triton_kernels import elements as te
+from endor.kernels.triton_mode import is_interpreted
 
 __all__ = [
     "INTEGERS",

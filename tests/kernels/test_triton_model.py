@@ -11,7 +11,7 @@ import transformers
 
 import endor
 from endor.errors import FormatError
-from endor.kernels.triton_backend import is_interpreted
+from endor.kernels.triton_mode import is_interpreted
 from endor.loaders import Accelerator, CudaAccelerator
 from endor.runtime import runtime_of
 from tests.support.accelerators import CheckedAccelerator

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from endor.formats.packed import PackedTensor
-from endor.kernels.triton_backend import is_interpreted
+from endor.kernels.triton_mode import is_interpreted
 from tests.support.bits import assert_bitwise_equal
 from tests.support.kernels import poisoned
 
