@@ -15,6 +15,7 @@ import errno
 import os
 import re
 import threading
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -178,18 +179,21 @@ class KvikioReader(ChunkedReader):
     def register(self, memory: DeviceMemory) -> Callable[[], None]:
         """Register device memory with cuFile, once for all reads into it; what is returned undoes that.
 
-        Raises LoadError where the driver refuses: registering is what GPUDirect needs to be fast, and a
-        refusal says that it does not work.
+        Where cuFile refuses (two arenas in one allocation, or memory that is mapped piece by piece) there is
+        a warning, and reads go through buffers of its own on the device.
         """
         import kvikio
 
         try:
             kvikio.memory_register(memory)
         except RuntimeError as error:
-            raise LoadError(
-                f"cuFile cannot register {_length_of(memory)} bytes of device memory ({error}):"
-                " use reader posix"
-            ) from error
+            warnings.warn(
+                f"cuFile cannot register {_length_of(memory)} bytes of device memory ({error}): "
+                "GPUDirect reads are copied once more on the device",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return lambda: None
         return lambda: kvikio.memory_deregister(memory)
 
 

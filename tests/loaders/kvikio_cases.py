@@ -258,6 +258,27 @@ class TestDevice:
             with pytest.raises(LoadError, match=rf"{file}: the file ends at byte {SIZE - PAGE_BYTES}"):
                 reader.wait(reader.submit(op, memory))
 
+    def test_memory_is_registered_once_and_given_back(self) -> None:
+        memory = _DeviceBytes.allocate(SIZE)
+        with KvikioReader() as reader:
+            reader.register(memory)()
+
+    def test_memory_that_cufile_refuses_is_read_into_all_the_same(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import kvikio
+
+        def refuse(_: object) -> None:
+            raise RuntimeError("cuFile error: memory already registered")
+
+        monkeypatch.setattr(kvikio, "memory_register", refuse)
+        memory = _DeviceBytes.allocate(SIZE)
+        with KvikioReader() as reader:
+            with pytest.warns(RuntimeWarning, match="already registered"):
+                reader.register(memory)()
+            reader.wait(reader.submit(ReadOp(file, 0, SIZE), memory))
+        assert memory.content() == file.read_bytes()[:SIZE]
+
     def test_memory_that_does_not_fit_is_refused(self, file: Path) -> None:
         memory = _DeviceBytes.allocate(SIZE)
         with KvikioReader() as reader:
