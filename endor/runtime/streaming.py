@@ -111,10 +111,10 @@ class Runtime:
             host_experts=host_experts,
             stats=stats,
         )
+        self._finalizer = weakref.finalize(model, close_anywhere, [self._tiers, reader, scratch])
         self._give_sources()
         if accelerator is not None:
             self._last_forward = accelerator.mark()  # of loading, which the first one has to wait for as well
-        self._finalizer = weakref.finalize(model, close_anywhere, [self._tiers, reader, scratch])
         self._model = weakref.ref(model)
         self._hook(model)
         vars(model).update(endor_runtime=self, endor_stats=self.stats, save_pretrained=refuse_to_save)
