@@ -18,6 +18,7 @@ from endor.runtime import runtime_of
 from tests.support.models import tiny_llama, write_endor_checkpoint
 
 IDS = torch.tensor([[5, 17, 200, 3, 99, 42, 7]])
+FORWARDS = 20
 TIERS = {"disk": (0, 0), "host": (0, 1 << 30), "device": (1 << 30, 0), "all three": (45_000, 90_000)}
 device: Any = vars(torch)["fakedev"]
 
@@ -31,7 +32,7 @@ def generate(model: Any, tokens: int = 4) -> list[int]:
 
 
 def run(directory: Path, device_memory: int, host_memory: int, expected: list[int]) -> dict[str, Any]:
-    """Make tokens, and say what one more token moved to the device and held there."""
+    """Make tokens, and say what some more of them moved to the device and held there."""
     before = device.memory_allocated(0)
     model = endor.load(
         directory,
@@ -42,26 +43,25 @@ def run(directory: Path, device_memory: int, host_memory: int, expected: list[in
     )
     runtime = runtime_of(model)
     right = generate(model) == expected
-    streamed = runtime.streamed_bytes
     with torch.inference_mode():
         copied = device.stats()["h2d_bytes"]
-        model(IDS[:, :1].to(model.device))
+        for _ in range(FORWARDS):
+            model(IDS[:, :1].to(model.device))
         copied = device.stats()["h2d_bytes"] - copied
     planned = runtime.ring_bytes + runtime.resident_bytes + runtime.scratch_bytes + runtime.dense_bytes
     held = device.memory_allocated(0) - before
-    placement = runtime.placement.counts()
-    runtime.close()
-    del model, runtime
-    gc.collect()
-    return {
+    found = {
         "right": right,
-        "placement": placement,
-        "streamed_bytes": streamed,
+        "placement": runtime.placement.counts(),
+        "streamed_bytes": FORWARDS * runtime.streamed_bytes,
         "copied_bytes": copied,
         "planned_bytes": planned,
         "held_bytes": held,
-        "left_bytes": device.memory_allocated(0) - before,
     }
+    runtime.close()
+    del model, runtime
+    gc.collect()
+    return {**found, "left_bytes": device.memory_allocated(0) - before}
 
 
 def refused(directory: Path) -> str:

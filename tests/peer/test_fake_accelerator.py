@@ -14,6 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 LAYER_BYTES = 512 * 512 * 4
 LAYERS = 6
+AHEAD_BLOCKS, BLOCK_BYTES = 3, 40960
 SMALL_BYTES = 12 * 2 * 512 * 4
 """Inputs, and outputs that the fake device gets from the CPU."""
 
@@ -44,9 +45,10 @@ def test_a_streamed_model_makes_its_tokens_in_the_memory_that_was_planned(
         assert counts["right"], tiers
         assert counts["left_bytes"] == 0, tiers
         assert counts["planned_bytes"] <= counts["held_bytes"] <= counts["planned_bytes"] + 65536, tiers
-        # What the fake device copies for operations that it does on the CPU is the same in all of them.
+        # What the fake device copies for what it does on the CPU is the same in all of them; blocks
+        # for the next token may be there already, or not yet.
         moved = counts["copied_bytes"] - resident["copied_bytes"]
-        assert counts["streamed_bytes"] <= moved + 1 <= counts["streamed_bytes"] + 4096, tiers
+        assert abs(moved - counts["streamed_bytes"]) <= AHEAD_BLOCKS * BLOCK_BYTES + 65536, tiers
     assert found["disk"]["placement"]["disk"] == found["host"]["placement"]["host"] == 6
 
 
