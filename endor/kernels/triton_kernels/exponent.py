@@ -323,13 +323,13 @@ def _with_rest(exponents, left, rest):
     """`exponents` with those of the columns `left` put in, which few lanes have.
 
     `rest` points to the exponent of the first such column of all lanes. In each turn every lane that has any
-    left puts in the one of its lowest column.
+    left puts in the one of its lowest column. Not a `while`: the compiler of Triton 3.6 stumbles over one
+    that carries tensors.
     """
-    more = tl.max((left != 0).to(tl.int32))
-    if more != 0:
+    if tl.max((left != 0).to(tl.int32)) != 0:
         n = popcount(left)
         at = tl.cumsum(n, axis=1) - n
-        while more != 0:
+        for _turn in tl.range(0, tl.max(n), num_stages=1):
             lowest = left & (~left + 1)
             byte = tl.load(rest + at, mask=left != 0, other=0).to(tl.uint32)
             added = ()
@@ -338,7 +338,7 @@ def _with_rest(exponents, left, rest):
             exponents = added
             at += 1
             left = left ^ lowest
-            more = tl.max((left != 0).to(tl.int32))
+            tl.debug_barrier()  # keeps LLVM from unrolling a loop that few tiles enter: 250 instructions
     return exponents
 
 
