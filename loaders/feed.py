@@ -73,10 +73,6 @@ class DiskFeed:
         """Host memory taken."""
         return self._prefetcher.ring_bytes
 
-    def has(self, unit: Unit) -> bool:
-        """Whether the unit comes from disk."""
-        return unit.ops in self._numbers
-
     def bring(self, unit: Unit, buffer: Buffer) -> Moved:
         """Start the copy of a unit to its slot, when its bytes are there."""
         lease = self._take(unit)

@@ -138,12 +138,11 @@ def _on_device(x: Tensor, packed: PackedTensor, bias: Tensor | None, status: Ten
 
 
 def _has_triton_product(layout: TensorLayout, dtype: torch.dtype, device: torch.device) -> bool:
-    if not has_triton(device) or layout.is_plain or layout.dtype != dtype:
+    if not has_triton(device) or layout.dtype != dtype:
         return False
     from endor.kernels import triton_matmul
 
-    small = layout.geometry.row_block <= triton_matmul.MAX_ROW_BLOCK
-    return small and dtype in (torch.bfloat16, torch.float16) and layout.geometry.numel > 0
+    return triton_matmul.has_kernel(layout)
 
 
 @cache

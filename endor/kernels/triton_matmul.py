@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from endor.errors import KernelError
-from endor.formats.packed import PackedTensor
+from endor.formats.packed import PackedTensor, TensorLayout
 from endor.kernels.triton_kernels.matmul import matmul_kernel
 from endor.kernels.triton_launch import launch_decode, launch_is_impossible, new_status, on_device, raise_for
 from endor.kernels.triton_launcher import Launcher
@@ -38,7 +38,7 @@ from endor.kernels.triton_tuning import (
     scratch_of,
 )
 
-__all__ = ["MAX_ROWS", "Tile", "decide", "linear", "set_tuning", "supports", "tiles", "tune"]
+__all__ = ["MAX_ROWS", "Tile", "decide", "has_kernel", "linear", "set_tuning", "supports", "tiles", "tune"]
 
 MAX_ROWS = 16
 """Rows of x that one tile of the tensor cores holds."""
@@ -65,20 +65,25 @@ def set_tuning(*, allowed: bool) -> None:
     _tuning_allowed[0] = allowed
 
 
+def has_kernel(layout: TensorLayout) -> bool:
+    """Whether a kernel multiplies with weights of this layout, few rows of their dtype."""
+    return (
+        not layout.is_plain
+        and layout.dtype in _DTYPES
+        and len(layout.shape) == 2
+        and layout.geometry.numel > 0
+        and layout.geometry.row_block <= MAX_ROW_BLOCK
+        and not launch_is_impossible(layout)
+    )
+
+
 class _Product:
     """What products with one weight have in common."""
 
     def __init__(self, operand: Operand) -> None:
         self.operand = operand
-        layout = operand.layout
-        self.possible = (
-            layout.dtype in _DTYPES
-            and len(layout.shape) == 2
-            and layout.geometry.numel > 0
-            and layout.geometry.row_block <= MAX_ROW_BLOCK
-            and not launch_is_impossible(layout)
-            and operand.device.type == ("cpu" if is_interpreted() else "cuda")
-        )
+        on_its_device = operand.device.type == ("cpu" if is_interpreted() else "cuda")
+        self.possible = on_its_device and has_kernel(operand.layout)
         self.launchers: dict[tuple[Tile, bool, bool], Launcher] = {}
         """By tile, whether x has one row, and whether there is a bias."""
 

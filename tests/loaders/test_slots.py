@@ -98,7 +98,7 @@ def streaming(
         feed = DiskFeed(on_disk, opened, depth=depth, accelerator=accelerator, **options) if on_disk else None
 
         def source_of(unit: Unit) -> Source | None:
-            return feed if feed is not None and feed.has(unit) else stays
+            return stays if stays is not None and stays.find(unit) is not None else feed
 
         pool = SlotPool(ring_bytes or plan.ring_bytes, accelerator)
         try:
